@@ -43,6 +43,7 @@ from accelerate.utils import tqdm
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+
 @dataclass
 class Args:
     model: str = "smollm2"  # policy and reference: hub id, directory, or smollm2 (built in: SmolLM2-135M-Instruct)

@@ -1,0 +1,83 @@
+"""Tiny models on disk, and rloo.py's main run in this process."""
+import json
+import os
+import sys
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import rloo
+
+TEMPLATE = ("{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}")
+
+
+def byte_tokenizer(chat_template=TEMPLATE, **special):
+    """One token a byte, and <s>, </s>; by default the pad token is the EOS, as in SmolLM2."""
+    vocab = {"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", **special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{k: v for k, v in special.items() if v})
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tiny_llama(vocab=258, seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, bos_token_id=0,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1,
+                         pad_token_id=1, tie_word_embeddings=True, initializer_range=0.3, attn_implementation="eager")
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_gpt2(vocab=258, seed=0):
+    """Absolute positions: wrong position_ids under left padding change what it says."""
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=1,
+                        initializer_range=0.3, attn_implementation="eager")
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A directory with a tiny Llama and its tokenizer."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_llama().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(tiny):
+    """A run of a second or two."""
+    flags = {"model": tiny, "precision": "fp32", "total_steps": 4, "eval_prompts": 10, "max_new_tokens": 8, "eval_every": 2,
+             "prompts_per_step": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "max_prompt_length": 400}
+    return [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """run(flags...) -> rloo.py with these flags, in this process."""
+    def run(*flags):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        monkeypatch.setattr(sys, "argv", ["rloo.py", *map(str, flags)])
+        return rloo.main(rloo.parse_args())
+    return run
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    def write(rows, name="data.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+    return write
