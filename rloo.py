@@ -60,7 +60,7 @@ class Args:
     max_prompt_length: int = 256  # longer prompts, in tokens, are dropped (and counted)
     prompts_per_step: int = 8  # prompts in an optimizer step, over all processes
     micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds the memory
-    learning_rate: float = 4e-5  # its peak: linear warm-up, then linear to 0
+    learning_rate: float = 6e-5  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 40  # optimizer steps
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
@@ -116,7 +116,7 @@ def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
         try:
             data = load_dataset(**source, split=args.dataset_split).rename_columns({args.prompt_column: "prompt"})
         except Exception as error:
-            sys.exit(f"--dataset, --dataset-split or --prompt-column: {str(error).splitlines()[0]}")
+            sys.exit(f"--dataset {args.dataset} (--dataset-split, --prompt-column) cannot be read: {error!r:.300}")
     rows = []
     for columns in data:
         text = prompt = columns["prompt"] or ""
@@ -150,7 +150,7 @@ def load(auto_class, name, **options):
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:
-        sys.exit(f"{name}: no {auto_class.__name__} in this hub id or directory: {str(error).strip().splitlines()[0]}")
+        sys.exit(f"{name}: no {auto_class.__name__} in a hub id or directory of this name: {error!r:.300}")
 
 def make_scorer(flag, spec, device):
     """What --reward names, as score(rows, texts) -> list of floats. Of K > 1 labels: the expected one of 1 .. K."""
@@ -363,10 +363,9 @@ def main(args: Args) -> None:
         if bf16 and isinstance(module, nn.Linear):
             module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
     reference = accelerator.prepare_model(ResponseLogprobs(reference), evaluation_mode=True)
-    local_policy = ResponseLogprobs(model)
+    local_policy, done = ResponseLogprobs(model), 0
     policy = accelerator.prepare(local_policy)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    done = 0
     if args.resume:
         trained = load(transformers.AutoModelForCausalLM, args.resume).state_dict()
         if {name: w.shape for name, w in trained.items()} != {name: w.shape for name, w in model.state_dict().items()}:
@@ -389,8 +388,7 @@ def main(args: Args) -> None:
     k, size, micro = args.k, args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
     try:
         for step in (progress := tqdm(range(done, args.total_steps), initial=done, total=args.total_steps)):
-            begin = time.time()
-            warmup, decay = (step + 1) / (args.warmup_steps + 1), 1 - step / args.total_steps
+            begin, warmup, decay = time.time(), (step + 1) / (args.warmup_steps + 1), 1 - step / args.total_steps
             optimizer.param_groups[0]["lr"] = lr = args.learning_rate * min(warmup, decay)
             epoch, start = divmod(step * args.prompts_per_step, len(train))  # (seed, step) fixes prompts and samples
             order = [torch.randperm(len(train), generator=random_stream(args.seed, 2, e)) for e in (epoch, epoch + 1)]
@@ -441,9 +439,10 @@ def main(args: Args) -> None:
                 if last or done % args.save_every == 0:
                     path = output_dir / ("final" if last else f"checkpoint-{done}")
                     save(path, model, tokenizer, optimizer, done, args)
-    except SystemExit:  # a scorer or a gradient failed: the weights after `done` steps are good, and kept
-        writer and save(output_dir / f"checkpoint-{done}", model, tokenizer, optimizer, done, args)
-        raise
+    except SystemExit as error:  # a scorer or a gradient failed: the weights after `done` steps are good, and kept
+        path = output_dir / f"checkpoint-{done}"
+        writer and save(path, model, tokenizer, optimizer, done, args)
+        sys.exit(f"{error}" + f"; once mended, --resume {path}" * path.exists())
     accelerator.print(report(evaluations, held_out) if evaluations else "")
     accelerator.end_training()
 

@@ -56,9 +56,12 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_flags(tiny):
-    """A run of a second or two."""
-    flags = {"model": tiny, "precision": "fp32", "total_steps": 4, "eval_prompts": 10, "max_new_tokens": 8, "eval_every": 2,
+def tiny_flags(tiny, tmp_path_factory):
+    """A run of a second or two, with a score that a tiny model's babble moves: the share of lower-case letters."""
+    reward = tmp_path_factory.mktemp("reward") / "letters.py"
+    reward.write_text("def score(prompts, completions, **columns):\n"
+                      "    return [sum(map(str.islower, text)) / max(1, len(text)) for text in completions]\n")
+    flags = {"reward": f"{reward}:score", "model": tiny, "precision": "fp32", "total_steps": 4, "eval_prompts": 10, "max_new_tokens": 8, "eval_every": 2,
              "prompts_per_step": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "max_prompt_length": 400}
     return [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
