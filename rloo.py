@@ -77,20 +77,19 @@ def parse_args() -> Args:
     """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
     args = tyro.cli(Args)
     if args.resume:
-        file = Path(args.resume, "trainer_state.pt")
-        state = torch.load(file, weights_only=True, mmap=True) if file.exists() else {"script": None}
+        file = Path(args.resume, "trainer_state.pt").resolve()
+        state = torch.load(file, "cpu", weights_only=True, mmap=True) if file.exists() else {"script": None}
         if state["script"] != "rloo":
             sys.exit(f"--resume {args.resume}: no checkpoint of rloo.py; give its checkpoint-<step> or final directory")
-        saved = {**state["args"], "resume": args.resume, "output_dir": str(file.parent.parent)}
+        saved = {**state["args"], "resume": str(file.parent), "output_dir": str(file.parent.parent)}
         args = tyro.cli(Args, default=Args(**saved))
     elif args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
-    args.chat = args.chat or args.dataset is None
-    least = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1,
-             "eval_prompts": int(args.eval_only), "eval_every": 1, "save_every": 1}
-    for flag in least:
-        if getattr(args, flag) < least[flag]:
-            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least[flag]} or more")
+    minimum = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1,
+               "eval_prompts": int(args.eval_only), "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 1}
+    for flag, least in minimum.items():
+        if getattr(args, flag) < least:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least} or more")
     if args.prompts_per_step % args.micro_batch_size:
         sys.exit(f"--micro-batch-size {args.micro_batch_size}: must divide --prompts-per-step {args.prompts_per_step}")
     if args.micro_batch_size % (processes := int(os.environ.get("WORLD_SIZE", 1))):
@@ -114,20 +113,22 @@ def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
         path = Path(args.dataset)
         source = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": args.dataset}
         try:
-            data = load_dataset(**source, split=args.dataset_split).rename_columns({args.prompt_column: "prompt"})
+            data = load_dataset(**source, split=args.dataset_split)
+            data = [{**row, "prompt": row[args.prompt_column]} for row in data]
         except Exception as error:
-            sys.exit(f"--dataset {args.dataset} (--dataset-split, --prompt-column) cannot be read: {error!r:.300}")
+            sys.exit(f"--dataset {args.dataset}, with this --dataset-split and --prompt-column: {error!r:.300}")
     rows = []
     for columns in data:
         text = prompt = columns["prompt"] or ""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and args.chat else prompt
-        if is_chat := isinstance(messages, list):
+        messages = [{"role": "user", "content": prompt}] if args.chat or not args.dataset else None
+        messages = prompt if isinstance(prompt, list) else messages
+        if messages:
             if tokenizer.chat_template is None:
                 sys.exit(f"--model {args.model}: no chat template for messages and --chat; use an instruct model")
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]  # a template writes its own
+        ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]  # a template writes its own
         if prompt and len(ids) <= args.max_prompt_length:
-            rows.append(dict(prompt=prompt, messages=is_chat and messages, text=text, ids=ids, columns=columns))
+            rows.append(dict(prompt=prompt, messages=messages, text=text, ids=ids, columns=columns))
     split = len(rows) - args.eval_prompts
     if split < (0 if args.eval_only else args.prompts_per_step) or not rows:
         sys.exit(f"--dataset: {len(rows)} of {len(data)} prompts fit --max-prompt-length {args.max_prompt_length}; "
@@ -153,7 +154,7 @@ def load(auto_class, name, **options):
         sys.exit(f"{name}: no {auto_class.__name__} in a hub id or directory of this name: {error!r:.300}")
 
 def make_scorer(flag, spec, device):
-    """What --reward names, as score(rows, texts) -> list of floats. Of K > 1 labels: the expected one of 1 .. K."""
+    """What --reward names, as score(rows, texts) -> list of floats; of K > 1 labels, sum_i i p_i with i = 1 .. K."""
     file, _, name = spec.rpartition(":")
     if spec == "vader":
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -175,14 +176,16 @@ def make_scorer(flag, spec, device):
         classifier, info = load(transformers.AutoModelForSequenceClassification, spec, output_loading_info=True)
         if info["missing_keys"]:
             sys.exit(f"{flag} {spec}: not a trained classifier, it lacks {', '.join(sorted(info['missing_keys']))}")
-        classifier.config.pad_token_id = classifier.config.pad_token_id or tokenizer.pad_token_id
+        classifier.config.pad_token_id = tokenizer.pad_token_id
         classifier.to(device).float().eval()
         def encode(row, text):  # as in reward modelling: chat template, or prompt and response; one EOS at the end
-            answer, text = [{"role": "assistant", "content": text}], row["text"] + text
-            if is_chat := row["messages"] and tokenizer.chat_template:
-                text = tokenizer.apply_chat_template(row["messages"] + answer, tokenize=False)
-            ids = tokenizer(text.rstrip(), truncation=True, add_special_tokens=not is_chat)["input_ids"]
-            return {"input_ids": ids if tokenizer.eos_token_id in (None, ids[-1]) else ids + [tokenizer.eos_token_id]}
+            is_chat, answer = row["messages"] and tokenizer.chat_template, {"role": "assistant", "content": text}
+            text = (row["messages"][-1]["content"] + "\n" if row["messages"] else row["text"]) + text
+            if is_chat:
+                text = tokenizer.apply_chat_template([*row["messages"], answer], tokenize=False).rstrip()
+            ids = tokenizer(text, truncation=True, add_special_tokens=not is_chat)["input_ids"]
+            ids += [] if tokenizer.eos_token_id in (None, ids[-1]) else [tokenizer.eos_token_id]
+            return {"input_ids": ids[-tokenizer.model_max_length:]}
         @torch.no_grad()
         def scorer(rows, texts):
             inputs = list(map(encode, rows, texts))
@@ -327,8 +330,8 @@ def save(path, model, tokenizer, optimizer, step, args) -> None:
         torch.save(state, aside / "trainer_state.pt")
     except Exception as error:  # what a full disk raises depends on who was writing
         shutil.rmtree(aside, ignore_errors=True)
-        message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error}"
-        return print(f"{message}; the run goes on") if path.name != "final" else sys.exit(message)
+        message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}"
+        return print(message) if path.name != "final" else sys.exit(message)
     shutil.rmtree(path, ignore_errors=True)  # a resumed run writes the same again
     aside.rename(path)
 
@@ -336,7 +339,7 @@ def main(args: Args) -> None:
     """Load, evaluate, train, save, evaluate."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if sys.platform == "linux":  # glibc keeps freed blocks (M_MMAP_, M_TRIM_THRESHOLD): fresh pages double a CPU step
+    if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
         ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
     cuda = torch.cuda.is_available()
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -371,7 +374,7 @@ def main(args: Args) -> None:
         if {name: w.shape for name, w in trained.items()} != {name: w.shape for name, w in model.state_dict().items()}:
             sys.exit(f"--resume {args.resume}: its weights have other shapes than --model {args.model}")
         model.load_state_dict(trained)
-        state = torch.load(Path(args.resume, "trainer_state.pt"), weights_only=True)
+        state = torch.load(Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
     run_evaluation = lambda module: evaluate(args, accelerator, module, reference, tokenizer, held_out, scorers)
@@ -394,11 +397,9 @@ def main(args: Args) -> None:
             order = [torch.randperm(len(train), generator=random_stream(args.seed, 2, e)) for e in (epoch, epoch + 1)]
             rows = [train[i] for i in torch.cat(order)[start + rank * size:start + (rank + 1) * size]]
             uniforms = torch.rand(processes, size * k, args.max_new_tokens, generator=random_stream(args.seed, 3, step))
-
             # sample and score k responses a prompt; rows of one prompt are neighbours
             inputs, responses, texts = sample_responses(args, accelerator, model, tokenizer, rows, k, uniforms[rank])
             scores = torch.tensor(scorers["score"]([row for row in rows for _ in range(k)], texts), device=device)
-
             # one update, from whole groups at a time
             kl, entropy, loss = torch.zeros_like(scores), torch.zeros_like(scores), 0.0
             for i in range(0, size, micro):
@@ -409,7 +410,7 @@ def main(args: Args) -> None:
                         ref_logprobs = reference(*batch, args.temperature)
                     logprobs = policy(*batch, args.temperature)
                     kl[r] = sequence_kl(logprobs.detach(), ref_logprobs, batch[3])
-                    rewards = scores[r] - args.kl_coef * kl[r]
+                    rewards = scores[r] - args.kl_coef * kl[r]  # the KL is detached
                     micro_loss = rloo_loss(logprobs, batch[3], rloo_advantages(rewards, k))
                     accelerator.backward(micro_loss)
                 entropy[r] = -logprobs.detach().sum(1)  # of the samples: unbiased
@@ -429,6 +430,9 @@ def main(args: Args) -> None:
             means = accelerator.reduce(torch.tensor(list(metrics.values()), device=device), "mean")
             metrics = dict(zip(metrics, means.tolist()))
             progress.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.1f}")
+            if writer and (last or done % args.save_every == 0):
+                path = output_dir / ("final" if last else f"checkpoint-{done}")
+                save(path, model, tokenizer, optimizer, done, args)
             if held_out and (last or done % args.eval_every == 0):
                 evaluations["trained"] = run_evaluation(local_policy)
                 metrics.update({f"eval/{name}": value for name, value in evaluations["trained"][0].items()})
@@ -436,15 +440,11 @@ def main(args: Args) -> None:
             if writer:
                 for tag, value in metrics.items():
                     (writer.add_text if isinstance(value, str) else writer.add_scalar)(tag, value, done)
-                if last or done % args.save_every == 0:
-                    path = output_dir / ("final" if last else f"checkpoint-{done}")
-                    save(path, model, tokenizer, optimizer, done, args)
     except SystemExit as error:  # a scorer or a gradient failed: the weights after `done` steps are good, and kept
         path = output_dir / f"checkpoint-{done}"
         writer and save(path, model, tokenizer, optimizer, done, args)
         sys.exit(f"{error}" + f"; once mended, --resume {path}" * path.exists())
     accelerator.print(report(evaluations, held_out) if evaluations else "")
-    accelerator.end_training()
 
 if __name__ == "__main__":
     main(parse_args())

@@ -274,7 +274,7 @@ def refused(run, capsys, *flags):
     (["--prompts-per-step", 6, "--micro-batch-size", 4], "--micro-batch-size 4: must divide --prompts-per-step 6"),
     (["--eval-only", "--eval-prompts", 0], "--eval-prompts 0"),
     (["--dataset", "no/such/file.jsonl"], "--dataset"),
-    (["--dataset", "DATA", "--prompt-column", "question"], "'prompt', 'n'"),
+    (["--dataset", "DATA", "--prompt-column", "question"], "--prompt-column: KeyError('question')"),
     (["--dataset", "EMPTY"], "--dataset"),
     (["--dataset", "DATA"], "--dataset: 3 of 3 prompts"),
     (["--dataset", "DATA", "--dataset-split", "nope"], "--dataset-split"),
@@ -372,7 +372,7 @@ def test_a_full_disk_stops_no_run_before_its_end_and_leaves_no_half_checkpoint(r
 def test_house_rules(name):
     text = (ROOT / name).read_text()
     tree = ast.parse(text)
-    assert text.count("\n") <= 450
+    assert text.count("\n") <= 450 and max(map(len, text.splitlines())) <= 120
     args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
     lines = text.splitlines()
     for field in args.body:
