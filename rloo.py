@@ -60,7 +60,7 @@ class Args:
     max_prompt_length: int = 256  # longer prompts, in tokens, are dropped (and counted)
     prompts_per_step: int = 8  # prompts in an optimizer step, over all processes
     micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds the memory
-    learning_rate: float = 6e-5  # its peak: linear warm-up, then linear to 0
+    learning_rate: float = 1e-4  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 40  # optimizer steps
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
@@ -339,8 +339,6 @@ def main(args: Args) -> None:
     """Load, evaluate, train, save, evaluate."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
-        ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
     cuda = torch.cuda.is_available()
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
@@ -377,6 +375,8 @@ def main(args: Args) -> None:
         state = torch.load(Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
+    if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
+        ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
     run_evaluation = lambda module: evaluate(args, accelerator, module, reference, tokenizer, held_out, scorers)
     evaluations = {"SFT": run_evaluation(reference)} if held_out else {}
     if args.eval_only:
