@@ -86,7 +86,7 @@ def parse_args() -> Args:
     elif args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     minimum = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1,
-               "eval_prompts": int(args.eval_only), "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 1}
+               "eval_prompts": +args.eval_only, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 1}
     for flag, least in minimum.items():
         if getattr(args, flag) < least:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least} or more")

