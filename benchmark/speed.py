@@ -94,6 +94,14 @@ def main():
     flags = parser.parse_args()
     if flags.trl_worker:
         return trl_worker(flags)
+    if flags.model == "smollm2":  # TRL loads its reference by path, so both sides get a plain directory
+        sys.path.insert(0, str(ROOT))
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        import rloo
+        flags.model = tempfile.mkdtemp()
+        rloo.load(AutoTokenizer, "smollm2").save_pretrained(flags.model)
+        rloo.load(AutoModelForCausalLM, "smollm2").save_pretrained(flags.model)
     steps, memory = {side: [] for side in SIDES}, {side: [] for side in SIDES}
     for turn in range(flags.rounds):
         for side in SIDES:
