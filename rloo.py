@@ -110,7 +110,7 @@ def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
     data = [{"prompt": request.format(subject)} for subject in SUBJECTS for request in REQUESTS]
     if args.dataset:
         from datasets import load_dataset
-        path = Path(args.dataset)
+        path = Path(args.dataset).absolute()
         source = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": args.dataset}
         try:
             data = load_dataset(**source, split=args.dataset_split)

@@ -195,7 +195,7 @@ def test_a_reward_function_reads_the_datasets_columns(tiny, reward):
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.jsonl.gz", "p.csv", "p.parquet"])
-def test_file_formats(tmp_path, name):
+def test_file_formats(tmp_path, name, monkeypatch):
     import pandas
     frame = pandas.DataFrame({"prompt": [f"say {i}" for i in range(5)]})
     path = tmp_path / name
@@ -203,7 +203,8 @@ def test_file_formats(tmp_path, name):
         frame.to_json(path, orient="records", lines=True)
     else:
         frame.to_csv(path, index=False) if name.endswith("csv") else frame.to_parquet(path)
-    args = rloo.Args(dataset=str(path), eval_prompts=2, prompts_per_step=3, micro_batch_size=3, chat=True)
+    monkeypatch.chdir(tmp_path)  # a file of the current directory
+    args = rloo.Args(dataset=name, eval_prompts=2, prompts_per_step=3, micro_batch_size=3, chat=True)
     train, held_out, _ = rloo.load_prompts(args, byte_tokenizer())
     assert [row["prompt"] for row in train + held_out] == [f"say {i}" for i in range(5)]
     assert train[0]["text"] == "<s>user:say 0</s><s>assistant:"
