@@ -5,13 +5,15 @@
 # [tool.uv]
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
 # ///
-"""Seconds a step, samples a second and peak memory of rloo.py and of TRL's RLOOTrainer, on the same work, in turn.
+"""Seconds a step, samples a second and peak memory of our scripts and of TRL's trainers, on the same work, in turn.
 
-    uv run benchmark/speed.py --steps 6 --rounds 2
+    uv run benchmark/speed.py rloo --steps 6 --rounds 2
+    uv run benchmark/speed.py reward_model --dataset hh_helpful_train.jsonl.gz --steps 6 --rounds 2
 
-The same model (SmolLM2-135M, fp32 weights), the same built-in prompts, 8 prompts x k 4, 24 new tokens, KL in the reward,
-vader, bf16 autocast, no gradient checkpointing. Each turn is a process of its own; the first step of each is warm-up.
-Peak memory is the process's largest resident set, model loading included. TRL is a dependency of this file only.
+SmolLM2-135M with fp32 weights, bf16 autocast, no gradient checkpointing. rloo: the built-in prompts, 8 prompts x k 4,
+24 new tokens, KL in the reward, vader. reward_model: the first pairs of the dataset of at most 256 tokens, as raw text,
+8 a step. Each turn is a process of its own; the first two steps of each are warm-up. Peak memory is the process's
+largest resident set, model loading included. TRL is a dependency of this file only.
 """
 import argparse
 import json
@@ -24,48 +26,47 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SIDES = ("rloo.py", "TRL")
 
 
-def run_ours(flags, out):
-    """rloo.py by its command line; its own curve has the samples a second of each step."""
-    command = [sys.executable, str(ROOT / "rloo.py"), "--total-steps", str(flags.steps), "--eval-prompts", "0",
-               "--k", str(flags.k), "--prompts-per-step", str(flags.prompts), "--max-new-tokens", str(flags.tokens),
-               "--model", flags.model, "--output-dir", out]
-    return command, lambda: [flags.prompts * flags.k / e.value for e in scalars(out, "charts/samples_per_second")]
+def ours(flags, out):
+    """A script by its command line; its own curve has the samples a second of each step."""
+    command = [sys.executable, str(ROOT / f"{flags.task}.py"), "--total-steps", str(flags.steps), "--eval-prompts", "0",
+               "--prompts-per-step", str(flags.prompts), "--model", flags.model, "--output-dir", out]
+    if flags.task == "rloo":
+        return [*command, "--k", str(flags.k), "--max-new-tokens", str(flags.tokens)]
+    return [*command, "--dataset", flags.dataset, "--max-length", str(flags.length)]
 
 
-def scalars(directory, tag):
+def ours_seconds(flags, out):
+    tag, samples = ("charts/samples_per_second", flags.prompts * flags.k) if flags.task == "rloo" else ("charts/pairs_per_second", flags.prompts)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    return EventAccumulator(directory).Reload().Scalars(tag)
+    return [samples / e.value for e in EventAccumulator(out).Reload().Scalars(tag)]
 
 
-def run_trl(flags, out):
-    command = [sys.executable, __file__, "--trl-worker", out, *(f"--{n}={v}" for n, v in vars(flags).items() if n != "trl_worker")]
-    return command, lambda: json.loads(Path(out, "seconds.json").read_text())
+def trl(flags, out):
+    return [sys.executable, __file__, flags.task, "--trl-worker", out,
+            *(f"--{n}={v}" for n, v in vars(flags).items() if n not in ("task", "trl_worker"))]
+
+
+def trl_seconds(flags, out):
+    return json.loads(Path(out, "seconds.json").read_text())
+
+
+SIDES = {"ours": (ours, ours_seconds), "TRL": (trl, trl_seconds)}
 
 
 def trl_worker(flags):
     sys.path.insert(0, str(ROOT))
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import RLOOConfig, RLOOTrainer
+    from datasets import Dataset, load_dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     import rloo
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    tokenizer = rloo.load(AutoTokenizer, flags.model)
-    model = rloo.load(AutoModelForCausalLM, flags.model, dtype=torch.float32)
-    vader = SentimentIntensityAnalyzer()
-    prompts = [r.format(s) for s in rloo.SUBJECTS for r in rloo.REQUESTS]
-    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in prompts])
-    cuda = torch.cuda.is_available()
-    config = RLOOConfig(
-        output_dir=flags.trl_worker, max_steps=flags.steps, per_device_train_batch_size=flags.prompts * flags.k,
-        num_generations=flags.k, max_completion_length=flags.tokens, beta=0.05, learning_rate=4e-5, temperature=1.0,
-        bf16=True, use_cpu=not cuda, gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True)
+    tokenizer = AutoTokenizer.from_pretrained(flags.model)
     seconds = []
 
     class Clock(TrainerCallback):
@@ -76,18 +77,53 @@ def trl_worker(flags):
             seconds.append(time.time() - self.begin)
             self.begin = time.time()
 
-    score = lambda completions, **_: [vader.polarity_scores(c[0]["content"])["compound"] for c in completions]
-    RLOOTrainer(model=model, reward_funcs=score, args=config, train_dataset=prompts, processing_class=tokenizer,
-                callbacks=[Clock()]).train()
+    common = dict(output_dir=flags.trl_worker, max_steps=flags.steps, bf16=True, use_cpu=not torch.cuda.is_available(),
+                  gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True)
+    if flags.task == "rloo":
+        model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32)
+        vader = SentimentIntensityAnalyzer()
+        prompts = [r.format(s) for s in rloo.SUBJECTS for r in rloo.REQUESTS]
+        prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in prompts])
+        config = RLOOConfig(per_device_train_batch_size=flags.prompts * flags.k, num_generations=flags.k, beta=0.05,
+                            max_completion_length=flags.tokens, learning_rate=1e-4, temperature=1.0, **common)
+        score = lambda completions, **_: [vader.polarity_scores(c[0]["content"])["compound"] for c in completions]
+        trainer = RLOOTrainer(model=model, reward_funcs=score, args=config, train_dataset=prompts, processing_class=tokenizer,
+                              callbacks=[Clock()])
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(flags.model, dtype=torch.float32, num_labels=1)
+        pairs = load_dataset("json", data_files=flags.dataset, split="train").select_columns(["prompt", "chosen", "rejected"])
+        config = RewardConfig(per_device_train_batch_size=flags.prompts, max_length=flags.length, learning_rate=5e-5,
+                              center_rewards_coefficient=0.01, **common)
+        trainer = RewardTrainer(model=model, args=config, train_dataset=pairs, processing_class=tokenizer, callbacks=[Clock()])
+    trainer.train()
     Path(flags.trl_worker, "seconds.json").write_text(json.dumps(seconds))
+
+
+def write_pairs(flags, path):
+    """Exactly the pairs that `steps` steps take: of distinct prompts, none over the length."""
+    sys.path.insert(0, str(ROOT))
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+    tokenizer, rows = AutoTokenizer.from_pretrained(flags.model), {}
+    length = lambda text: len(tokenizer(text)["input_ids"]) + 1
+    for row in load_dataset("json", data_files=flags.dataset, split="train"):
+        if max(length(row["prompt"] + row["chosen"]), length(row["prompt"] + row["rejected"])) <= flags.length:
+            rows.setdefault(row["prompt"], row)
+        if len(rows) == flags.steps * flags.prompts:
+            break
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    return str(path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["rloo", "reward_model"])
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dataset", default=None, help="reward_model: a file of pairs: prompt, chosen, rejected, all strings")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--trl-worker", default=None, help=argparse.SUPPRESS)
@@ -102,29 +138,31 @@ def main():
         flags.model = tempfile.mkdtemp()
         rloo.load(AutoTokenizer, "smollm2").save_pretrained(flags.model)
         rloo.load(AutoModelForCausalLM, "smollm2").save_pretrained(flags.model)
+    if flags.task == "reward_model":
+        flags.dataset = write_pairs(flags, Path(tempfile.mkdtemp(), "pairs.jsonl"))
     steps, memory = {side: [] for side in SIDES}, {side: [] for side in SIDES}
     for turn in range(flags.rounds):
-        for side in SIDES:
+        for side, (command, seconds) in SIDES.items():
             with tempfile.TemporaryDirectory() as folder:
                 out = str(Path(folder, "out"))
-                command, seconds = (run_ours if side == "rloo.py" else run_trl)(flags, out)
                 with open(Path(folder, "log"), "w+") as log:
-                    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+                    process = subprocess.Popen(command(flags, out), stdout=log, stderr=subprocess.STDOUT)
                     _, status, usage = os.wait4(process.pid, 0)
                     if status:
                         log.seek(0)
                         sys.exit(f"{side} failed:\n{log.read()[-3000:]}")
-                steps[side] += seconds()[1:]  # the first is warm-up
+                steps[side] += seconds(flags, out)[2:]  # the first are warm-up: fresh memory, Adam's states
                 memory[side].append(usage.ru_maxrss / 2**20)
             print(f"round {turn + 1}, {side:8} median {statistics.median(steps[side]):6.2f} s a step, {memory[side][-1]:.2f} GB", flush=True)
     median = {side: statistics.median(steps[side]) for side in SIDES}
-    samples = flags.prompts * flags.k
-    print(f"\n{'':9}{'s a step':>10}{'(min-max)':>16}{'samples/s':>11}{'peak GB':>9}")
+    samples = flags.prompts * flags.k if flags.task == "rloo" else flags.prompts
+    name = "samples/s" if flags.task == "rloo" else "pairs/s"
+    print(f"\n{'':9}{'s a step':>10}{'(min-max)':>16}{name:>11}{'peak GB':>9}")
     for side in SIDES:
         print(f"{side:9}{median[side]:10.2f}{f'({min(steps[side]):.2f}-{max(steps[side]):.2f})':>16}"
               f"{samples / median[side]:11.2f}{max(memory[side]):9.2f}")
-    print(f"rloo.py / TRL: {median['TRL'] / median['rloo.py']:.2f} x the samples a second, "
-          f"{max(memory['rloo.py']) / max(memory['TRL']):.2f} x the peak memory")
+    print(f"{flags.task}.py / TRL: {median['TRL'] / median['ours']:.2f} x the {name}, "
+          f"{max(memory['ours']) / max(memory['TRL']):.2f} x the peak memory")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The script as its user meets it: runs, output, resume, processes, scorers, data, and what it says to bad input."""
 import ast
+import gzip
 import json
 import os
 import re
@@ -170,7 +171,7 @@ def nan(prompts, completions, **columns): return [float("nan")] * len(prompts)
 def raises(prompts, completions, **columns): raise KeyError("final")
 def late(prompts, completions, **columns):
     calls.append(1)
-    return [0.5 * i if len(calls) < 6 else float("inf") for i in range(len(prompts))]
+    return [0.5 * i if len(calls) < 5 else float("inf") for i in range(len(prompts))]
 seen, calls = [], []
 """
 
@@ -332,7 +333,7 @@ def test_a_checkpoint_of_other_shapes(run, capsys, finished, tmp_path):
 
 
 def test_a_scorer_that_fails_late_loses_nothing(run, capsys, tiny_flags, reward, tmp_path):
-    """4 evaluation calls before step 0, then training: the third step's scores are infinite."""
+    """2 evaluation calls before step 0, then training: the third step's scores are infinite."""
     flags = [*tiny_flags, "--reward", reward("late"), "--output-dir", tmp_path / "o", "--eval-every", 100, "--eval-prompts", 12]
     assert "finite scores" in refused(run, capsys, *flags)
     saved = [p.name for p in (tmp_path / "o").iterdir() if p.is_dir()]
@@ -364,6 +365,39 @@ def test_a_full_disk_stops_no_run_before_its_end_and_leaves_no_half_checkpoint(r
     assert "final" in message and "is the disk full?" in message
     assert "checkpoint-2" in capsys.readouterr().out
     assert not [p for p in (tmp_path / "o").iterdir() if p.is_dir()]
+
+
+def test_a_config_that_transformers_would_refuse_to_save_is_saved(run, tiny_flags, tmp_path):
+    """Llama-2 has temperature and top_p without do_sample, which save_pretrained rejects once anything is changed."""
+    tiny_llama().save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "m/generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.9, "top_p": 0.6}')
+    run(*tiny_flags, "--model", tmp_path / "m", "--total-steps", 1, "--eval-prompts", 0, "--output-dir", tmp_path / "o")
+    assert (tmp_path / "o/final/generation_config.json").exists()
+
+
+def test_a_data_file_beside_a_copy_of_the_script(run, tiny_flags, tmp_path, write_jsonl, monkeypatch):
+    """datasets takes a folder "rloo" with an "rloo.py" in it for a dataset script, and refuses it."""
+    (tmp_path / "rloo").mkdir()
+    shutil.copy(ROOT / "rloo.py", tmp_path / "rloo")
+    write_jsonl([{"prompt": f"p{i}"} for i in range(20)], "rloo/prompts.jsonl")
+    monkeypatch.chdir(tmp_path / "rloo")
+    run(*tiny_flags, "--dataset", "prompts.jsonl", "--total-steps", 1, "--eval-prompts", 2, "--output-dir", tmp_path / "o")
+
+
+def test_the_readmes_examples_with_your_model_data_and_reward(tiny, tmp_path):
+    """The very shell lines, in a folder with small files of those names; only the size of the run and the model are changed."""
+    block = next(b for b in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "gsm8k.py" in b)
+    rows = {"prompts": [{"prompt": f"Say {i}"} for i in range(12)], "imdb_train": [{"text": f"one two three {i} five six seven eight nine"} for i in range(12)],
+            "gsm8k_train": [{"question": f"{i} + 1?", "final": str(i + 1)} for i in range(12)]}
+    for name, data in rows.items():
+        with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in data))
+    toy = f"--model {tiny} --total-steps 1 --eval-prompts 2 --max-new-tokens 4 --precision fp32 --prompts-per-step 2 --micro-batch-size 2"
+    shell = f'python() {{ {sys.executable} "$@"; }}\naccelerate() {{ shift; script=$1; shift; {sys.executable} {ROOT}/$script "$@" {toy}; }}\n'
+    result = subprocess.run(["bash", "-ec", shell + block], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("10 training prompts, 2 held out, 0 dropped") == 3
 
 
 # ---- the file itself

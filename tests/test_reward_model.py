@@ -1,0 +1,404 @@
+"""The reward models: losses against hand-worked numbers, scores however they are batched, and a run as its user meets it."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+from conftest import byte_tokenizer, tiny_gpt2, tiny_llama
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import reward_model
+import reward_model_ordinal
+import rloo
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [reward_model, reward_model_ordinal]
+LABELS = {reward_model: 1, reward_model_ordinal: 10}
+both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+
+
+# ---- losses
+
+def test_bradley_terry_golden():
+    chosen, rejected = torch.tensor([1.0, -2.0]), torch.tensor([0.0, 1.0])
+    by_hand = (math.log1p(math.exp(-1)) + math.log1p(math.exp(3))) / 2  # .31326, 3.04859
+    assert reward_model.bradley_terry_loss(chosen, rejected).item() == pytest.approx(by_hand, abs=1e-6)
+    assert by_hand == pytest.approx(1.68092, abs=1e-5)
+    margin = torch.tensor([1.0, 0.0])  # the first difference is then 0
+    shifted = reward_model.bradley_terry_loss(chosen, rejected, margin)
+    assert shifted.item() == pytest.approx((math.log(2) + 3.04859) / 2, abs=1e-5)
+    centred = reward_model.bradley_terry_loss(chosen, rejected, center_coef=0.1)
+    assert centred.item() == pytest.approx(1.68092 + 0.1 * (1 + 1) / 2, abs=1e-5)
+    ties = torch.zeros(3)
+    assert reward_model.bradley_terry_loss(ties, ties).item() == pytest.approx(math.log(2))
+
+
+def test_bradley_terry_raises_the_chosen_score():
+    scores = torch.zeros(2, requires_grad=True)
+    reward_model.bradley_terry_loss(scores[:1], scores[1:]).backward()
+    assert scores.grad.tolist() == [-0.5, 0.5]  # descent: up, down
+
+
+def sure(label, size=40.0):
+    return size * torch.nn.functional.one_hot(torch.tensor([label - 1]), 10).float()
+
+
+def test_ordinal_golden():
+    loss = reward_model_ordinal.ordinal_loss
+    assert loss(sure(10), sure(1)).item() == pytest.approx(0, abs=1e-5)  # the orientation: the better answer costs nothing
+    assert loss(sure(1), sure(10)).item() > 30
+    assert loss(sure(5), sure(5)).item() > 30  # ties earn nothing
+    uniform = torch.zeros(1, 10)
+    assert loss(uniform, uniform).item() == pytest.approx(-math.log(0.45), abs=1e-6)
+    two = torch.full((1, 10), -1e4)
+    two[0, 3], two[0, 7] = 0.0, math.log(3)  # class 4 with 1/4, class 8 with 3/4
+    assert loss(two, sure(6, 1e4)).item() == pytest.approx(-math.log(0.75), abs=1e-6)
+    assert loss(sure(6, 1e4), two).item() == pytest.approx(-math.log(0.25), abs=1e-6)
+
+
+def test_ordinal_probabilities_are_those_of_the_joint_and_sum_to_one():
+    generator = torch.Generator().manual_seed(0)
+    a, b = 3 * torch.randn(2, 50, 10, generator=generator)
+    joint = a.softmax(1)[:, :, None] * b.softmax(1)[:, None]  # (i, j)
+    higher = torch.arange(10)[:, None] > torch.arange(10)
+    win, lose = reward_model_ordinal.log_win(a, b).exp(), reward_model_ordinal.log_win(b, a).exp()
+    assert torch.allclose(win, (joint * higher).sum((1, 2)), atol=1e-6)
+    tie = joint.diagonal(dim1=1, dim2=2).sum(1)
+    assert torch.allclose(win + lose + tie, torch.ones(50), atol=1e-5)
+    assert reward_model_ordinal.ordinal_loss(a, b).item() == pytest.approx(-win.log().mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [50.0, 500.0])
+def test_ordinal_loss_is_finite_where_the_probability_is_zero(size):
+    chosen, rejected = sure(1, size).requires_grad_(), sure(10, size).requires_grad_()
+    loss = reward_model_ordinal.ordinal_loss(chosen, rejected)
+    loss.backward()
+    assert loss.isfinite() and chosen.grad.isfinite().all() and rejected.grad.isfinite().all()
+    assert chosen.grad[0, 0] > 0 and rejected.grad[0, 9] > 0  # descent takes both from where they are
+
+
+def test_ordinal_loss_raises_the_chosen_score():
+    chosen, rejected = torch.zeros(1, 10, requires_grad=True), torch.zeros(1, 10, requires_grad=True)
+    reward_model_ordinal.ordinal_loss(chosen, rejected).backward()
+    score = reward_model_ordinal.expected_score
+    assert score(chosen - chosen.grad) > score(chosen) > score(rejected - rejected.grad)
+
+
+def test_expected_score():
+    assert reward_model_ordinal.expected_score(torch.cat([sure(1), sure(10), torch.zeros(1, 10)])).tolist() == pytest.approx([1, 10, 5.5])
+
+
+def test_rank_correlation():
+    spearman = lambda a, b: reward_model.rank_correlation(torch.tensor(a), torch.tensor(b))
+    assert spearman([1.0, 5.0, 9.0], [0.1, 0.2, 90.0]) == pytest.approx(1)
+    assert spearman([1.0, 5.0, 9.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
+    assert spearman([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 2.0, 2.0]) == pytest.approx(0.894427, abs=1e-5)  # ties share a rank
+
+
+def test_reliability_plot():
+    image = reward_model.reliability_plot(torch.cat([torch.full((9,), 0.95), torch.tensor([0.05])]))[0]  # says .95, right in .9
+    filled = (image == 0.5).sum(0) + (image == 0).sum(0)
+    assert 180 <= filled[185] <= 181 and filled[100] <= 1 and 20 <= filled[5] <= 21
+
+
+# ---- scores
+
+def classifier(make, labels):
+    model = make(vocab=259)
+    kind = transformers.LlamaForSequenceClassification if model.config.model_type == "llama" else transformers.GPT2ForSequenceClassification
+    model.config.num_labels, model.config.pad_token_id = labels, 258
+    torch.manual_seed(1)
+    scorer = kind(model.config).eval()
+    scorer.base_model.load_state_dict(model.base_model.state_dict())
+    return scorer
+
+
+def rows_of(groups, tokenizer):
+    """[(prompt, [answers])] -> rows as group_pairs makes them; the first answer of each is the best."""
+    pairs = [{"prompt": p, "chosen": answers[0], "rejected": other} for p, answers in groups for other in answers[1:]]
+    args = reward_model.Args(dataset="given", max_length=400)
+    rows, dropped = reward_model.group_pairs(args, tokenizer, pairs)
+    assert not dropped
+    return rows
+
+
+GROUPS = [("What is it? ", ["A dog.", "A cat, I think, or so it seems.", "Ants"]), ("", ["Yes", "No"]),
+          ("A much longer question than the others have, to be padded? ", ["Same start, one end", "Same start, other end"]),
+          ("x", ["a", "ab"])]  # an answer that begins with another
+
+
+def plain_scores(model, tokenizer, rows, side):
+    """What anybody gets from transformers: all texts in one padded batch, pooled by the model itself."""
+    batch = tokenizer.pad({"input_ids": [ids for row in rows for ids in row["ids"]]}, padding_side=side, return_tensors="pt")
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)  # absolute positions count from the first token
+    return model(**batch, position_ids=positions).logits
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("labels", [1, 10])
+def test_prefix_shared_scores_are_the_plain_ones_and_so_is_the_gradient(make, labels):
+    tokenizer = byte_tokenizer(pad_token="<|pad|>")
+    model, rows = classifier(make, labels), rows_of(GROUPS, tokenizer)
+    shared = reward_model.AnswerLogits(model)
+    logits = shared(*reward_model.collate(rows, tokenizer, "cpu"))
+    for side in ("left", "right"):
+        assert torch.allclose(logits, plain_scores(model, tokenizer, rows, side), atol=1e-5)
+    alone = torch.cat([shared(*reward_model.collate([row], tokenizer, "cpu")) for row in rows])
+    assert torch.allclose(logits, alone, atol=1e-5)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3  # the answers are told apart
+
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    ours = torch.autograd.grad((logits * weight).sum(), list(model.parameters()), allow_unused=True)
+    plain = torch.autograd.grad((plain_scores(model, tokenizer, rows, "right") * weight).sum(), list(model.parameters()), allow_unused=True)
+    for a, b in zip(ours, plain):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-5 * (1 + b.abs().max())))
+
+
+def test_swapped_labels_mirror_the_metrics():
+    tokenizer = byte_tokenizer(pad_token="<|pad|>")
+    rows = rows_of(GROUPS, tokenizer)
+    scores = torch.randn(sum(len(row["ids"]) for row in rows), generator=torch.Generator().manual_seed(0))
+    pairs = reward_model.pair_indices(rows, "cpu")
+    there = reward_model.pair_metrics(torch.tensor(0.0), scores, pairs)
+    back = reward_model.pair_metrics(torch.tensor(0.0), scores, (pairs[1], pairs[0], pairs[2]))
+    assert there["accuracies"].item() == pytest.approx(1 - back["accuracies"].item())
+    assert there["margins"].item() == pytest.approx(-back["margins"].item()) and there["chosen"] == back["rejected"]
+
+
+# ---- data
+
+def test_every_format_reads_the_same():
+    tokenizer = byte_tokenizer(pad_token="<|pad|>")
+    user, good, bad = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Hello"}], [{"role": "assistant", "content": "Hex"}]
+    read = lambda row, chat=False: reward_model.group_pairs(reward_model.Args(dataset="given", chat=chat), tokenizer, [row])[0][0]
+    ids = read({"prompt": user, "chosen": good, "rejected": bad})["ids"]
+    assert read({"chosen": user + good, "rejected": user + bad})["ids"] == ids  # implicit prompt
+    assert read({"prompt": "Hi", "chosen": "Hello", "rejected": "Hex"}, chat=True)["ids"] == ids
+    assert tokenizer.decode(ids[0]) == "<s>user:Hi</s><s>assistant:Hello</s>"
+    turn = "\n\nHuman: Hi\n\nAssistant:"
+    plain = read({"prompt": turn, "chosen": " Hello", "rejected": " Hex"})
+    assert read({"prompt": "Hi", "chosen": user + good, "rejected": user + bad})["ids"] == ids  # the prompt twice
+    unmarked = read({"chosen": "Yes, because", "rejected": "Yes"})
+    assert unmarked["prompt"] == "" and unmarked["answers"] == ["Yes, because", "Yes"]
+    implicit = read({"chosen": turn + " Hello", "rejected": turn + " Hex"})  # HH-RLHF: not "... Assistant: He"
+    assert implicit == plain and plain["prompt"] == turn and tokenizer.decode(plain["ids"][1]) == turn + " Hex</s>"
+
+
+def test_pairs_of_a_prompt_become_one_row_and_bad_ones_are_counted():
+    tokenizer = byte_tokenizer(pad_token="<|pad|>")
+    pair = lambda prompt, a, b, x=None, y=None: {"prompt": prompt, "chosen": a, "rejected": b, "chosen_rating": x, "rejected_rating": y}
+    data = [pair("p", "a", "b", 3, 1), pair("q", "a", "b"), pair("p", "c", "b", 2, 1), pair("p", "a", "c", 3, 2), pair("", "a", "b"),
+            pair("", "a", "c"), pair("p", "x" * 500, "b"), pair("p", "a", ""), pair("p", "same", "same")]
+    rows, dropped = reward_model.group_pairs(reward_model.Args(dataset="given", max_length=100), tokenizer, data)
+    assert dropped == 3 and [row["prompt"] for row in rows] == ["p", "q", "", ""]  # an empty prompt joins nothing
+    assert rows[0]["answers"] == ["a", "b", "c"] and rows[0]["ratings"] == [3, 1, 2]
+    assert rows[0]["pairs"] == [(0, 1, 2), (2, 1, 1), (0, 2, 1)] and rows[1]["pairs"] == [(0, 1, 0.0)]
+    assert [x.tolist() for x in reward_model.pair_indices(rows[:2], "cpu")] == [[0, 2, 0, 3], [1, 1, 2, 4], [2, 1, 1, 0]]
+
+
+# ---- runs
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """People here prefer vowels: three answers a prompt, rated 2, 1, 0."""
+    folder = tmp_path_factory.mktemp("pairs")
+    generator = torch.Generator().manual_seed(0)
+    word = lambda letters: "".join(letters[i] for i in torch.randint(len(letters), (8,), generator=generator))
+    rows = []
+    for n in range(60):
+        answers = [word("aeiou"), word("aeioukstm"), word("kstm")]
+        rows += [{"prompt": f"Word {n}?", "chosen": answers[a], "rejected": answers[b], "chosen_rating": 2 - a, "rejected_rating": 2 - b}
+                 for a, b in ((0, 1), (1, 2), (0, 2))]
+    return write(folder / "pairs.jsonl", rows)
+
+
+FLAGS = ["--precision", "fp32", "--eval-prompts", 12, "--prompts-per-step", 4, "--micro-batch-size", 2, "--learning-rate", 3e-3, "--chat"]
+
+
+def run(script, *flags):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    argv, sys.argv = sys.argv, [script.__file__, *map(str, flags)]
+    try:
+        return script.main(script.parse_args())
+    finally:
+        sys.argv = argv
+
+
+def cli(script, *flags, launcher=(sys.executable,), env=None):
+    return subprocess.run([*map(str, launcher), script.__file__, *map(str, flags)], capture_output=True, text=True,
+                          env={**os.environ, **(env or {})})
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=lambda script: script.__name__)
+def finished(request, tiny, pairs, tmp_path_factory):
+    """(script, flags, output directory, what it printed) of a run over two epochs and a half."""
+    flags = [*FLAGS, "--model", tiny, "--dataset", pairs, "--total-steps", 30, "--eval-every", 10, "--save-every", 10]
+    out = tmp_path_factory.mktemp("rm") / "out"
+    result = cli(request.param, *flags, "--output-dir", out)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return request.param, flags, out, result.stdout
+
+
+def table(stdout, title):
+    lines = stdout.splitlines()
+    names = next(line.split() for line in lines if line.split()[:2] == ["loss", "accuracies"])
+    return dict(zip(names, map(float, next(line.split()[1:] for line in lines if line.startswith(title)))))
+
+
+def test_it_learns_and_shows_it(finished):
+    script, _, out, stdout = finished
+    assert "144 training pairs of 48 prompts, 36 of 12 held out, 0 dropped" in stdout
+    before, trained = table(stdout, "before"), table(stdout, "trained")
+    assert trained["accuracies"] >= 0.85 > before["accuracies"] and trained["loss"] < before["loss"] - 0.1
+    assert trained["rank_corr"] > 0.7 and trained["margins"] > 0.5 and stdout.count("\nprompt ") == 3
+    events = EventAccumulator(str(out)).Reload()
+    tags = {"loss/reward", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "eval/loss", "eval/accuracies",
+            "policy/grad_norm", "charts/learning_rate", "charts/pairs_per_second"}
+    assert tags <= set(events.Tags()["scalars"]) and events.Tags()["images"] == ["eval/reliability"]
+    assert "eval/scores" in events.Tags()["histograms"] and "eval/samples/text_summary" in events.Tags()["tensors"]
+    assert [e.step for e in events.Scalars("eval/accuracies")] == [0, 10, 20, 30]
+
+
+def test_plain_transformers_and_rloo_give_the_same_scores(finished):
+    script, _, out, _ = finished
+    folder = str(out / "final")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert model.config.num_labels == LABELS[script] and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    chats = [[{"role": "user", "content": "Word?"}, {"role": "assistant", "content": answer}] for answer in ("aei", "kstmkstm", "a")]
+    rows = [{"ids": [script.encode_answer(tokenizer, "Word?", chat[1]["content"], True) for chat in chats], "pairs": []}]
+    ours = script.AnswerLogits(model)(*script.collate(rows, tokenizer, "cpu"))
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        texts = tokenizer.apply_chat_template(chats, tokenize=False)
+        assert all(text.endswith("</s>") and not text.endswith("</s></s>") for text in texts)
+        batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        assert torch.allclose(model(**batch).logits, ours, atol=1e-4)
+    score = rloo.make_scorer("--reward", folder, "cpu")
+    prompt = {"prompt": "Word?", "messages": chats[0][:1], "text": "", "columns": {}}
+    expected = ours[:, 0] if LABELS[script] == 1 else reward_model_ordinal.expected_score(ours)
+    assert score([prompt] * 3, ["aei", "kstmkstm", "a"]) == pytest.approx(expected.tolist(), abs=1e-4)
+    plain = {"prompt": "Word? ", "messages": None, "text": "Word? ", "columns": {}}
+    rows = [{"ids": [script.encode_answer(tokenizer, "Word? ", answer, False) for answer in ("aei", "k")], "pairs": []}]
+    ours = script.AnswerLogits(model)(*script.collate(rows, tokenizer, "cpu"))
+    expected = ours[:, 0] if LABELS[script] == 1 else reward_model_ordinal.expected_score(ours)
+    assert score([plain] * 2, ["aei", "k"]) == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("template, end", [("{{ messages[-1].content }}<|end|>\n", "<|end|></s>"), ("{{ messages[-1].content }}</s>\n\n", "hi</s>")])
+def test_the_saved_template_ends_an_answer_with_one_eos(tmp_path, pairs, template, end):
+    tiny_llama().save_pretrained(tmp_path / "m")
+    byte_tokenizer(chat_template=template).save_pretrained(tmp_path / "m")
+    run(reward_model, *FLAGS, "--model", tmp_path / "m", "--dataset", pairs, "--total-steps", 1, "--output-dir", tmp_path / "o")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "o/final")
+    text = tokenizer.apply_chat_template([{"role": "assistant", "content": "hi"}], tokenize=False)
+    assert text.endswith(end)
+    assert tokenizer.decode(reward_model.encode_answer(tokenizer, [], "hi", True)) == text
+
+
+def test_resume_is_bit_exact(finished, tmp_path):
+    script, _, out, stdout = finished
+    whole = load_file(out / "final/model.safetensors")
+    resumed = cli(script, "--resume", out / "checkpoint-20")  # writes final/ again
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    again = load_file(out / "final/model.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert table(resumed.stdout, "trained") == table(stdout, "trained")
+    assert torch.load(out / "final/trainer_state.pt", weights_only=True)["step"] == 30
+
+
+@both
+def test_micro_batches_and_processes_change_nothing(script, tiny, pairs, tmp_path):
+    """Groups of different sizes, so that a mean over micro-batches is not that over pairs."""
+    rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+    uneven = write(tmp_path / "uneven.jsonl", [row for i, row in enumerate(rows) if i % 7 != 1 and i % 5 != 2])
+    flags = ["--precision", "fp32", "--eval-prompts", 12, "--prompts-per-step", 4, "--chat", "--learning-rate", 1e-3, "--model", tiny,
+             "--dataset", uneven, "--total-steps", 1]
+    run(script, *flags, "--micro-batch-size", 4, "--output-dir", tmp_path / "a")
+    run(script, *flags, "--micro-batch-size", 2, "--output-dir", tmp_path / "b")
+    two = cli(script, *flags, "--micro-batch-size", 2, "--output-dir", tmp_path / "c", env={"ACCELERATE_USE_CPU": "true"},
+              launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2))
+    assert two.returncode == 0, two.stderr[-3000:]
+    a, b, c = (torch.load(tmp_path / name / "final/trainer_state.pt", weights_only=True)["optimizer"]["state"] for name in "abc")
+    curve = lambda name, tag: [e.value for e in EventAccumulator(str(tmp_path / name)).Reload().Scalars(tag)]
+    for other, name in ((b, "b"), (c, "c")):
+        for n in a:  # a tenth of the gradient, all of it
+            assert torch.allclose(a[n]["exp_avg"], other[n]["exp_avg"], atol=1e-5 * a[n]["exp_avg"].abs().max().item() + 1e-9)
+        for tag in ("loss/reward", "rewards/accuracies", "policy/grad_norm"):
+            assert curve(name, tag)[0] == pytest.approx(curve("a", tag)[0], rel=1e-4)
+
+
+def test_built_in_pairs(monkeypatch, script=reward_model):
+    """Of sampled answers every two that the gold scorer tells apart, all of a prompt in one row."""
+    from accelerate import Accelerator
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(script, "SUBJECTS", ["coffee"])
+    args = script.Args(k=4, max_new_tokens=12)
+    data = script.sample_pairs(args, Accelerator(mixed_precision="no"))
+    assert data == script.sample_pairs(args, Accelerator(mixed_precision="no"))
+    assert all(row["chosen_rating"] >= row["rejected_rating"] + 0.1 for row in data)
+    tokenizer = script.load(transformers.AutoTokenizer, "smollm2")
+    rows, dropped = script.group_pairs(args, tokenizer, data)
+    assert 3 <= len(rows) <= 10 and not dropped and max(len(row["pairs"]) for row in rows) > 1
+    assert tokenizer.decode(rows[0]["ids"][0]).rstrip().endswith("<|im_end|>")
+
+
+@both
+@pytest.mark.parametrize("rows, flags, said", [
+    ([{"prompt": "a", "chosen": "b"}], [], "needs columns chosen and rejected"),
+    ([{"prompt": "a", "chosen": "b", "rejected": None}, {"prompt": "a", "chosen": "b", "rejected": "c"}], [], "1 prompts have pairs"),
+    ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(5)], [], "5 prompts have pairs within --max-length"),
+    ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)], ["--max-length", 2], "0 prompts have pairs within --max-length 2"),
+    ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)], ["--eval-dataset", "none.jsonl"], "--eval-dataset none.jsonl"),
+    ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)], ["--eval-only", "--eval-prompts", 0], "--eval-prompts 0"),
+    ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)], ["--resume", "nowhere"], "--resume nowhere"),
+    ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)], ["--micro-batch-size", 3], "--micro-batch-size 3: must divide"),
+])
+def test_bad_input(script, tiny, tmp_path, capsys, rows, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        run(script, *FLAGS, "--model", tiny, "--dataset", write(tmp_path / "d.jsonl", rows), "--output-dir", tmp_path / "o", *flags)
+    assert said in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_margin_without_ratings(tiny, tmp_path):
+    rows = [{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)]
+    with pytest.raises(SystemExit, match="--margin: the dataset has no columns"):
+        run(reward_model, *FLAGS, "--margin", "--model", tiny, "--dataset", write(tmp_path / "d.jsonl", rows), "--output-dir", tmp_path / "o")
+
+
+def test_margin_asks_for_more(tiny, pairs, tmp_path, capsys):
+    flags = [*FLAGS, "--model", tiny, "--dataset", pairs, "--total-steps", 1]
+    run(reward_model, *flags, "--output-dir", tmp_path / "a")
+    run(reward_model, *flags, "--margin", "--output-dir", tmp_path / "b")
+    loss = [EventAccumulator(str(tmp_path / name)).Reload().Scalars("loss/reward")[0].value for name in "ab"]
+    assert loss[1] > loss[0] + 0.3
+
+
+def test_eval_only_reads_a_saved_model(finished, pairs, capsys):
+    script, _, out, stdout = finished
+    run(script, *FLAGS, "--model", out / "final", "--dataset", pairs, "--eval-only")
+    again = table(capsys.readouterr().out, "before")
+    assert again == pytest.approx(table(stdout, "trained"), abs=2e-3)
+
+
+@both
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(script, tiny, pairs, tmp_path, monkeypatch):
+    steps, real = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda *a, **k: steps.append(1) or (real(*a, **k) if len(steps) < 3 else torch.tensor(float("nan"))))
+    with pytest.raises(SystemExit, match="step 2: gradient norm nan.*checkpoint-2"):
+        run(script, *FLAGS, "--model", tiny, "--dataset", pairs, "--total-steps", 5, "--output-dir", tmp_path / "o")
+    assert (tmp_path / "o/checkpoint-2/model.safetensors").exists()
