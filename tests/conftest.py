@@ -66,15 +66,20 @@ def tiny_flags(tiny, tmp_path_factory):
     return [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
+def run_script(script, *flags):
+    """A script's main with these flags, in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    argv, sys.argv = sys.argv, [script.__file__, *map(str, flags)]
+    try:
+        return script.main(script.parse_args())
+    finally:
+        sys.argv = argv
+
+
 @pytest.fixture
-def run(monkeypatch):
-    """run(flags...) -> rloo.py with these flags, in this process."""
-    def run(*flags):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        monkeypatch.setattr(sys, "argv", ["rloo.py", *map(str, flags)])
-        return rloo.main(rloo.parse_args())
-    return run
+def run():
+    return lambda *flags: run_script(rloo, *flags)
 
 
 @pytest.fixture

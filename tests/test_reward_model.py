@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState
 from conftest import byte_tokenizer, tiny_gpt2, tiny_llama
+from conftest import run_script as run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -225,16 +225,6 @@ def pairs(tmp_path_factory):
 
 
 FLAGS = ["--precision", "fp32", "--eval-prompts", 12, "--prompts-per-step", 4, "--micro-batch-size", 2, "--learning-rate", 3e-3, "--chat"]
-
-
-def run(script, *flags):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    argv, sys.argv = sys.argv, [script.__file__, *map(str, flags)]
-    try:
-        return script.main(script.parse_args())
-    finally:
-        sys.argv = argv
 
 
 def cli(script, *flags, launcher=(sys.executable,), env=None):
