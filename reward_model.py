@@ -37,7 +37,6 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object, parse_flag_from_env, tqdm
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
@@ -50,24 +49,24 @@ class Args:
     chat: bool = False  # a string prompt is a user's message, for the chat template (the built-in ones always are)
     margin: bool = False  # ask for r_w - r_l > chosen_rating - rejected_rating, two more columns of the dataset
     center_coef: float = 0.01  # weight of (r_w + r_l)^2
-    k: int = 8  # built-in pairs: answers that --model samples a prompt
+    k: int = 10  # built-in pairs: answers that --model samples a prompt
     temperature: float = 1.0  # of this sampling
     max_new_tokens: int = 24  # and its longest answer, in tokens
     max_length: int = 512  # pairs with a longer text, prompt and answer, in tokens, are dropped (and counted)
-    prompts_per_step: int = 8  # prompts, with all of their answers, in an optimizer step, over all processes
+    prompts_per_step: int = 4  # prompts, with all of their answers, in an optimizer step, over all processes
     micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds the memory
-    learning_rate: float = 5e-5  # its peak: linear warm-up, then linear to 0
+    learning_rate: float = 3e-4  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 0  # optimizer steps; 0: one epoch
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
     eval_prompts: int = 60  # held out for evaluation: the last of the dataset (built-in: 6 subjects)
-    eval_every: int = 20  # steps between evaluations; there is always one before and one after
+    eval_every: int = 100  # steps between evaluations; there is always one before and one after
     eval_only: bool = False  # evaluate --model, or the checkpoint of --resume, and stop
     save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last step is always saved, as final/
     resume: str | None = None  # go on from this checkpoint, bit-exactly on CPU; its flags hold unless given anew
     output_dir: str | None = None  # default: runs/reward_model__<seed>__<time>
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if hardware has it
-    seed: int = 1  # of the new head, the order of the prompts, and the sampling of the built-in pairs
+    seed: int = 1  # of the order of the prompts, and of the sampling of the built-in pairs
 MINIMUM = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1,
            "max_length": 2, "eval_prompts": 0, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 0}
 
@@ -108,7 +107,7 @@ def read_pairs(flag, name, split) -> list[dict]:
     source = [kind, None, None, name] if os.path.isfile(name) else name.split(":")
     try:
         data = load_dataset(*source, split=split)
-        return [{**row, "chosen": row["chosen"] or "", "rejected": row["rejected"] or ""} for row in data]
+        return [dict(row, chosen=row["chosen"] or "", rejected=row["rejected"] or "") for row in data]
     except Exception as error:
         sys.exit(f"{flag} {name}: needs columns chosen and rejected, and split {split}: {error!r:.300}")
 
@@ -171,6 +170,7 @@ def load(auto_class, name, **options):
     except Exception as error:
         sys.exit(f"{name}: no {auto_class.__name__} in a hub id or directory of this name: {error!r:.300}")
 
+@torch.no_grad()
 def sample_pairs(args, accelerator) -> list[dict]:
     """The built-in pairs: of k answers to a prompt, any two whose VADER sentiment scores are 0.1 or more apart."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -179,25 +179,32 @@ def sample_pairs(args, accelerator) -> list[dict]:
     if "ForSequenceClassification" in str(policy.config.architectures) or tokenizer.chat_template is None:
         sys.exit(f"--model {args.model}: only a chat model can answer the built-in prompts; give --dataset or --resume")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": args.temperature,
-               "num_return_sequences": args.k, "max_new_tokens": args.max_new_tokens}
+    def draw(_, logits):  # from the full distribution, by its CDF: generate()'s way takes a CPU as long as the model
+        cdf = (logits.float() / args.temperature).softmax(1).cumsum(1)
+        tokens = torch.searchsorted(cdf, torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:], right=True)
+        return torch.zeros_like(cdf).scatter_(1, tokens.clamp(max=cdf.shape[1] - 1), 1.0)  # it takes the largest
+    options = {"do_sample": False, "logits_processor": [draw], "max_new_tokens": args.max_new_tokens}
     prompts, pairs = [request.format(subject) for subject in SUBJECTS for request in REQUESTS], []
-    with accelerator.split_between_processes(list(range(0, len(prompts), 8))) as starts, accelerator.autocast():
+    with accelerator.split_between_processes(list(range(0, len(prompts), 16))) as starts, accelerator.autocast():
         for i in tqdm(starts, desc="sampling answers"):
-            messages = [[{"role": "user", "content": prompt}] for prompt in prompts[i:i + 8]]
-            texts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-            inputs.to(accelerator.device)
+            messages = [[{"role": "user", "content": prompt}] for prompt in prompts[i:i + 16]]
+            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, padding=True, return_dict=True,
+                                                   return_tensors="pt").to(accelerator.device)
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            cache = policy(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1]).past_key_values
+            cache.batch_repeat_interleave(args.k)  # a prompt runs once for its k answers
+            ids, mask = ids.repeat_interleave(args.k, 0), mask.repeat_interleave(args.k, 0)
             torch.manual_seed(random_stream(args.seed, 1, i).initial_seed())  # the same on any number of processes
-            ids = policy.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
-            texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-            for j, prompt in enumerate(prompts[i:i + 8]):
+            answers = policy.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, ids.shape[1]:]
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            for j, prompt in enumerate(prompts[i:i + 16]):
                 gold = {text: vader.polarity_scores(text)["compound"] for text in texts[j * args.k:(j + 1) * args.k]}
                 pairs += [dict(prompt=prompt, chosen=a, rejected=b, chosen_rating=gold[a], rejected_rating=gold[b])
                           for a, b in itertools.permutations(gold, 2) if gold[a] >= gold[b] + 0.1]
     return gather_object(pairs)
 
-class AnswerLogits(nn.Module):
+class AnswerLogits(torch.nn.Module):
     """A sequence classifier's logits at the last token of each answer; answers to one prompt share a pass over it."""
     def __init__(self, model):
         super().__init__()
@@ -239,7 +246,7 @@ def bradley_terry_loss(chosen_scores, rejected_scores, margin=None, center_coef=
     """3 x (M,) -> scalar: mean of -log sigmoid(r_w - r_l - margin) + center_coef (r_w + r_l)^2. InstructGPT, eq. 1;
     the margin: Llama 2, arXiv 2307.09288, section 3.2.2; the centring: arXiv 2312.09244."""
     difference = chosen_scores - rejected_scores - (0.0 if margin is None else margin)
-    return (center_coef * (chosen_scores + rejected_scores) ** 2 - nn.functional.logsigmoid(difference)).mean()
+    return (center_coef * (chosen_scores + rejected_scores) ** 2 - torch.nn.functional.logsigmoid(difference)).mean()
 
 def bradley_terry(args, logits, pairs) -> tuple[torch.Tensor, ...]:
     """Logits (N, 1) and pairs (M,) -> loss, scores (N,), P(w > l) (M,)."""
@@ -256,7 +263,7 @@ def pair_metrics(loss, scores, pairs) -> dict[str, torch.Tensor]:
 def rank_correlation(a, b) -> float:
     """Spearman's: the correlation of the ranks of a (N,) and b (N,), ties sharing theirs."""
     ranks = [(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in (a, b)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+    return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()  # all the same: 0
 
 def reliability_plot(wins) -> torch.Tensor:
     """P(w > l) (M,) -> image (1, 200, 200): x, P in 10 bins; y, the share that was chosen. A pair counts both ways."""
@@ -329,8 +336,7 @@ def main(args: Args) -> None:
     if tokenizer.chat_template:  # whoever applies the saved template gets what is trained on: one EOS, and it is last
         tokenizer.chat_template = "{% set text %}" + tokenizer.get_chat_template() + "{% endset %}{{ text | trim }}" \
             "{% if not (text | trim).endswith(eos_token) %}{{ eos_token }}{% endif %}"
-    data = (read_pairs("--dataset", args.dataset, args.dataset_split) if args.dataset else
-            sample_pairs(args, accelerator))
+    data = read_pairs("--dataset", args.dataset, args.dataset_split) if args.dataset else sample_pairs(args, accelerator)
     rows, dropped = group_pairs(args, tokenizer, data)
     split = len(rows) - args.eval_prompts * (args.eval_dataset is None)
     train, held_out = rows[:split], rows[split:]
@@ -350,11 +356,10 @@ def main(args: Args) -> None:
     options = {"dtype": torch.float32, "attn_implementation": None if cuda else "eager"}  # on CPU sdpa trains slowly
     options.update(num_labels=1, output_loading_info=True)
     model, info = load(transformers.AutoModelForSequenceClassification, args.resume or args.model, **options)
-    if not hasattr(model, "score"):
-        sys.exit(f"--model {args.model}: {type(model).__name__} has no head `score`; use a decoder, as Llama or Qwen")
+    hasattr(model, "score") or sys.exit(f"--model {args.model}: no head `score`; use a decoder, as Llama or Qwen")
     config = model.config.get_text_config()
-    if info["missing_keys"]:  # a new head
-        nn.init.normal_(model.score.weight, 0, (config.hidden_size + 1) ** -0.5, random_stream(args.seed, 0))
+    if info["missing_keys"]:  # a new head: all answers start with the same score
+        torch.nn.init.zeros_(model.score.weight)
     model.resize_token_embeddings(max(len(tokenizer), config.vocab_size), mean_resizing=False)
     config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     model.get_input_embeddings().padding_idx = None  # it was the EOS in some configs, and kept that from learning
@@ -396,7 +401,7 @@ def main(args: Args) -> None:
                 accelerator.backward(loss * share * accelerator.gradient_accumulation_steps)  # it divides by these
             values = pair_metrics(loss.detach(), scores.detach(), pairs)
             metrics = metrics + share * torch.stack(list(values.values()))
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         if not math.isfinite(grad_norm):
             path = output_dir / f"checkpoint-{done}"
             writer and save(path, model, tokenizer, optimizer, done, args)
