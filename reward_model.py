@@ -336,7 +336,8 @@ def main(args: Args) -> None:
     if tokenizer.chat_template:  # whoever applies the saved template gets what is trained on: one EOS, and it is last
         tokenizer.chat_template = "{% set text %}" + tokenizer.get_chat_template() + "{% endset %}{{ text | trim }}" \
             "{% if not (text | trim).endswith(eos_token) %}{{ eos_token }}{% endif %}"
-    data = read_pairs("--dataset", args.dataset, args.dataset_split) if args.dataset else sample_pairs(args, accelerator)
+    data = (read_pairs("--dataset", args.dataset, args.dataset_split) if args.dataset else
+            sample_pairs(args, accelerator))
     rows, dropped = group_pairs(args, tokenizer, data)
     split = len(rows) - args.eval_prompts * (args.eval_dataset is None)
     train, held_out = rows[:split], rows[split:]

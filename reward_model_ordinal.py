@@ -262,7 +262,7 @@ def ordinal(args, logits, pairs) -> tuple[torch.Tensor, ...]:
 
 def grade_table(rows, logits) -> str:
     """How the grades are used: mean score and mean p(1) .. p(K) of all answers and, where rated, by rounded rating."""
-    ratings = torch.tensor([math.nan if rating is None else rating for row in rows for rating in row["ratings"]]).round()
+    ratings = torch.tensor([math.nan if x is None else x for row in rows for x in row["ratings"]]).round()
     logits, levels = torch.cat(logits), ratings[ratings.isfinite()].unique()
     lines = [f"{'rating':>10}{'answers':>10}{'score':>10}   mean probability of grade 1, 2, ..."]
     for title, part in [("all", logits)] + [(f"{level + 0:.0f}", logits[ratings == level]) for level in levels]:
@@ -352,7 +352,8 @@ def main(args: Args) -> None:
     if tokenizer.chat_template:  # whoever applies the saved template gets what is trained on: one EOS, and it is last
         tokenizer.chat_template = "{% set text %}" + tokenizer.get_chat_template() + "{% endset %}{{ text | trim }}" \
             "{% if not (text | trim).endswith(eos_token) %}{{ eos_token }}{% endif %}"
-    data = read_pairs("--dataset", args.dataset, args.dataset_split) if args.dataset else sample_pairs(args, accelerator)
+    data = (read_pairs("--dataset", args.dataset, args.dataset_split) if args.dataset else
+            sample_pairs(args, accelerator))
     rows, dropped = group_pairs(args, tokenizer, data)
     split = len(rows) - args.eval_prompts * (args.eval_dataset is None)
     train, held_out = rows[:split], rows[split:]

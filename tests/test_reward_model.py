@@ -340,13 +340,14 @@ def test_built_in_pairs(monkeypatch, script=reward_model):
     from accelerate import Accelerator
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(script, "SUBJECTS", ["coffee"])
-    args = script.Args(k=4, max_new_tokens=12)
+    monkeypatch.setattr(script, "REQUESTS", script.REQUESTS[:4])
+    args = script.Args(k=4, max_new_tokens=10)
     data = script.sample_pairs(args, Accelerator(mixed_precision="no"))
     assert data == script.sample_pairs(args, Accelerator(mixed_precision="no"))
     assert all(row["chosen_rating"] >= row["rejected_rating"] + 0.1 for row in data)
     tokenizer = script.load(transformers.AutoTokenizer, "smollm2")
     rows, dropped = script.group_pairs(args, tokenizer, data)
-    assert 3 <= len(rows) <= 10 and not dropped and max(len(row["pairs"]) for row in rows) > 1
+    assert 2 <= len(rows) <= 4 and not dropped and max(len(row["pairs"]) for row in rows) > 1
     assert tokenizer.decode(rows[0]["ids"][0]).rstrip().endswith("<|im_end|>")
 
 
