@@ -17,8 +17,8 @@ k(k-1)/2 pairs (Ouyang et al. 2022, InstructGPT, arXiv 2203.02155, section 3.5).
     accelerate launch reward_model.py                         # SmolLM2's own answers, ranked by VADER; offline
     accelerate launch reward_model.py --dataset pairs.jsonl --eval-dataset test.jsonl --chat --max-length 1024
     accelerate launch rloo.py --reward runs/reward_model__1__1767225600/final --eval-reward vader
-
-The result is an ordinary AutoModelForSequenceClassification. Left out on purpose: LoRA, packing, data mixtures.
+The default run: 9 to 11 minutes on two slow CPU cores, held-out accuracy .82 (one seed: see the README).
+The result is an ordinary AutoModelForSequenceClassification. Left out: LoRA, packing, data mixtures.
 """
 import ctypes
 import importlib.util
