@@ -53,7 +53,7 @@ def main():
     args = parser.parse_args()
     runs = {}
     for seed in args.seeds:
-        folder = args.out / f"seed{seed}"
+        folder = args.out / f"{Path(args.script).stem}{seed}"
         if not (folder / "final").exists():
             begin = time.time()
             command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / args.script), "--seed", str(seed),
