@@ -17,28 +17,10 @@ log pi(y) sums over the tokens of y, EOS included. Williams 1992; Ahmadian et al
     accelerate launch reinforce.py --resume runs/reinforce__1__1767225600/checkpoint-50
 Left out on purpose: several updates a batch, a learned baseline (both in ppo.py), LoRA, vLLM, top-p.
 """
-import copy
-import ctypes
-import importlib.util
-import math
-import os
-import runpy
-import shutil
-import sys
-import time
-import traceback
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+import copy, ctypes, dataclasses, importlib.util, math, os, pathlib, runpy, shutil, sys, time, traceback, typing
+import accelerate, torch, torch.utils.tensorboard, transformers, tyro
 
-import torch
-import transformers
-import tyro
-from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env, tqdm
-from torch.utils.tensorboard import SummaryWriter
-
-@dataclass
+@dataclasses.dataclass
 class Args:
     model: str = "smollm2"  # policy and reference: hub id, directory, or smollm2 (built in: SmolLM2-135M-Instruct)
     dataset: str | None = None  # hub id (or id:config), json, jsonl, csv or parquet file (.gz too); default: built-in
@@ -48,7 +30,7 @@ class Args:
     reward: str = "vader"  # vader, a sequence classifier (hub id or directory), or path/file.py:function
     eval_reward: str | None = None  # a second scorer, for evaluation only: the gold one a learned reward imitates
     k: int = 4  # responses a prompt, which is run once for all of them; 1: the textbook's REINFORCE
-    baseline: Literal["ema", "batch", "none"] = "ema"  # average of past batches; this batch's (one more forward); 0
+    baseline: typing.Literal["ema", "batch", "none"] = "ema"  # of past batches; of this one (one more forward); 0
     baseline_decay: float = 0.9  # weight of the past in ema
     kl_coef: float = 0.05  # weight of the KL from the reference in the reward
     temperature: float = 1.0  # of sampling, and so of the log-probabilities that are trained
@@ -67,7 +49,7 @@ class Args:
     save_every: int = 50  # steps between checkpoints (1.6 GB for SmolLM2); the last step is always saved, as final/
     resume: str | None = None  # go on from this checkpoint, bit-exactly on CPU; its flags hold unless given anew
     output_dir: str | None = None  # default: runs/reinforce__<seed>__<time>
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if hardware has it
+    precision: typing.Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if it is there
     seed: int = 1  # of the order of the prompts, and of sampling
 MINIMUM = {"k": 1, "temperature": 0.01, "repetition_penalty": 1, "baseline_decay": 0, "max_new_tokens": 1,
            "prompts_per_step": 1, "micro_batch_size": 1, "eval_prompts": 0, "eval_every": 1, "save_every": 1,
@@ -75,23 +57,22 @@ MINIMUM = {"k": 1, "temperature": 0.01, "repetition_penalty": 1, "baseline_decay
 
 def parse_args() -> Args:
     """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
-    args, script = tyro.cli(Args), Path(__file__).stem
+    args, script = tyro.cli(Args), pathlib.Path(__file__).stem
     if args.resume:
-        file = Path(args.resume, "trainer_state.pt").resolve()
+        file = pathlib.Path(args.resume, "trainer_state.pt").resolve()
         state = torch.load(file, "cpu", weights_only=True, mmap=True) if file.exists() else {"script": None}
         if state["script"] != script:
             sys.exit(f"--resume {args.resume}: no checkpoint of {script}.py; give a final or checkpoint folder of it")
         saved = {**state["args"], "resume": str(file.parent), "output_dir": str(file.parent.parent)}
         args = tyro.cli(Args, default=Args(**saved))
+        args.model == saved["model"] or sys.exit(f"--model {args.model}: the checkpoint is of {saved['model']}")
     elif args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     for flag, least in MINIMUM.items():
         if getattr(args, flag) < least:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least} or more")
-    if args.prompts_per_step % args.micro_batch_size:
-        sys.exit(f"--micro-batch-size {args.micro_batch_size}: must divide --prompts-per-step {args.prompts_per_step}")
-    if args.micro_batch_size % (processes := int(os.environ.get("WORLD_SIZE", 1))):
-        sys.exit(f"--micro-batch-size {args.micro_batch_size}: must be a multiple of the {processes} processes")
+    if args.prompts_per_step % (size := args.micro_batch_size) or size % int(os.environ.get("WORLD_SIZE", 1)):
+        sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step; the number of processes must divide it")
     return args
 
 SUBJECTS = (  # the last six are held out by --eval-prompts 60
@@ -120,16 +101,14 @@ def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
         messages = [{"role": "user", "content": prompt}] if args.chat or not args.dataset else None
         messages = prompt if isinstance(prompt, list) else messages
         if messages:
-            if tokenizer.chat_template is None:
-                sys.exit(f"--model {args.model}: no chat template for messages and --chat; use an instruct model")
+            tokenizer.chat_template or sys.exit(f"--model {args.model}: has no chat template; use an instruct model")
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]  # a template writes its own
         if prompt and len(ids) <= args.max_prompt_length:
             rows.append(dict(prompt=prompt, messages=messages, text=text, ids=ids, columns=columns))
     split = len(rows) - args.eval_prompts
     if split < (0 if args.eval_only else args.prompts_per_step) or args.eval_prompts < args.eval_only:
-        sys.exit(f"--dataset: {len(rows)} of {len(data)} prompts fit --max-prompt-length {args.max_prompt_length}; "
-                 f"--eval-prompts {args.eval_prompts} and --prompts-per-step {args.prompts_per_step} need more")
+        sys.exit(f"--dataset: only {len(rows)} prompts fit --max-prompt-length; --eval-prompts and a step need more")
     return rows[:split], rows[split:], len(data) - len(rows)
 
 def random_stream(*key: int) -> torch.Generator:
@@ -163,17 +142,16 @@ def make_scorer(flag, spec, device):
             sys.exit(f"{flag} {spec}: cannot be loaded as path/file.py:function: {error!r}")
         def scorer(rows, texts):  # TRL's signature; a completion has the form of its prompt, other columns come by name
             columns = {key: [row["columns"][key] for row in rows] for key in rows[0]["columns"] if key != "prompt"}
-            messages = [[{"role": "assistant", "content": text}] for text in texts]
-            completions = texts if isinstance(rows[0]["prompt"], str) else messages
-            return reward(prompts=[row["prompt"] for row in rows], completions=completions, **columns)
+            if not isinstance(rows[0]["prompt"], str):
+                texts = [[{"role": "assistant", "content": text}] for text in texts]
+            return reward(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
     else:
         tokenizer = load(transformers.AutoTokenizer, spec, padding_side="right", truncation_side="left")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         classifier, info = load(transformers.AutoModelForSequenceClassification, spec, output_loading_info=True)
         if info["missing_keys"]:
             sys.exit(f"{flag} {spec}: not a trained classifier, it lacks {', '.join(sorted(info['missing_keys']))}")
-        classifier.config.pad_token_id = tokenizer.pad_token_id
-        classifier.to(device).float().eval()
+        classifier.to(device).float().eval().config.pad_token_id = tokenizer.pad_token_id
         def encode(row, text):  # as in reward modelling: by its chat template as it is, or prompt + response + EOS
             messages, is_chat = row["messages"], bool(row["messages"] and tokenizer.chat_template)
             text = (messages[-1]["content"] + "\n" if messages else row["text"]) + text if not is_chat else \
@@ -187,13 +165,11 @@ def make_scorer(flag, spec, device):
             batches = (tokenizer.pad(inputs[i:i + 16], return_tensors="pt") for i in range(0, len(inputs), 16))
             logits = torch.cat([classifier(**batch.to(device)).logits.float().cpu() for batch in batches])
             return logits[:, 0] if logits.shape[1] == 1 else logits.softmax(1) @ torch.arange(1.0, logits.shape[1] + 1)
-
     def score(rows, texts):
         try:
             scores = [float(value) for value in scorer(rows, texts)]
         except Exception as error:
-            traceback.print_exc()
-            sys.exit(f"{flag} {spec}: raised {error!r}")
+            traceback.print_exc(), sys.exit(f"{flag} {spec}: raised {error!r}")
         if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
             sys.exit(f"{flag} {spec}: {len(rows)} completions need {len(rows)} finite scores, it returned {scores}")
         return scores
@@ -203,21 +179,21 @@ class SampleCache(transformers.DynamicCache):  # in the precision of attention: 
     def update(self, keys, values, *args, **kwargs):
         return super().update(keys.to(values.dtype), values, *args, **kwargs)
 
-def encode_prompts(model, prompt_ids, prompt_mask, k, cache=None):
-    """Each prompt once, for k responses: KV cache, first token's logits (B·k, 1, V), mask (B·k, P), length (B·k, 1)."""
-    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # left padding must not shift them
-    output = model(prompt_ids, attention_mask=prompt_mask, position_ids=positions, past_key_values=cache,
-                   use_cache=True, logits_to_keep=1)
-    output.past_key_values.batch_repeat_interleave(k)  # rows of one prompt are neighbours
+def encode_prompts(model, prompt_ids, prompt_mask, k, cache_class=transformers.DynamicCache):
+    """Each prompt once, for k responses: KV cache, last logits (B·k, 1, V), mask (B·k, P), length (B·k, 1)."""
+    cache, positions = cache_class(config=model.config), (prompt_mask.cumsum(1) - 1).clamp(min=0)  # left padding
+    options = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = model(prompt_ids, attention_mask=prompt_mask, position_ids=positions, **options).logits[:, -1:]
+    cache.batch_repeat_interleave(k)  # rows of one prompt are neighbours
     mask = prompt_mask.repeat_interleave(k, 0)
-    return output.past_key_values, output.logits.repeat_interleave(k, 0), mask, mask.sum(1, keepdim=True)
+    return cache, logits.repeat_interleave(k, 0), mask, mask.sum(1, keepdim=True)
 
 @torch.no_grad()
 def generate_penalized(args, model, prompt_ids, prompt_mask, k, uniforms, eos_token_id) -> torch.Tensor:
     """Sample k responses a prompt from the full distribution: response_ids (B·k, R), right-padded with any id.
     uniforms (B·k, max_new_tokens) in [0, 1) is all the randomness: each picks one token by the inverse of the CDF."""
     response_ids = prompt_ids.new_zeros(uniforms.shape)
-    cache, logits, mask, position = encode_prompts(model, prompt_ids, prompt_mask, k, SampleCache(config=model.config))
+    cache, logits, mask, position = encode_prompts(model, prompt_ids, prompt_mask, k, SampleCache)
     rows = torch.arange(len(uniforms), device=prompt_ids.device)
     for t in range(uniforms.shape[1]):
         logits, past, penalty = logits[:, -1].float(), response_ids[rows, :t], args.repetition_penalty
@@ -241,7 +217,6 @@ class ResponseLogprobs(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-
     def forward(self, prompt_ids, prompt_mask, response_ids, response_mask, temperature) -> torch.Tensor:
         """(B, P), (B, P), (B·k, R), (B·k, R) -> logprobs (B·k, R), 0 where response_mask is 0."""
         k = len(response_ids) // len(prompt_ids)
@@ -322,10 +297,9 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
     """A plain transformers directory plus trainer_state.pt, whole or not at all: written aside, then renamed."""
     aside = path.with_name(f".new-{path.name}")
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        state = dict(script=Path(__file__).stem, step=step, args=asdict(args), optimizer=optimizer.state_dict(), **more)
-        torch.save(state, aside / "trainer_state.pt")
+        model.save_pretrained(aside), tokenizer.save_pretrained(aside)
+        state = dict(step=step, args=vars(args), optimizer=optimizer.state_dict(), **more)
+        torch.save(dict(state, script=pathlib.Path(__file__).stem), aside / "trainer_state.pt")
     except Exception as error:  # what a full disk raises depends on who was writing
         shutil.rmtree(aside, ignore_errors=True)
         message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}"
@@ -334,13 +308,12 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
     aside.rename(path)
 
 def main(args: Args) -> None:
-    """Load, evaluate, train, save, evaluate."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    cuda = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no",
+    accelerator = accelerate.Accelerator(mixed_precision="bf16" if bf16 else "no",
                               gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     tokenizer = load(transformers.AutoTokenizer, args.model)
@@ -364,11 +337,8 @@ def main(args: Args) -> None:
     policy = accelerator.prepare(local_policy)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     if args.resume:
-        trained = load(transformers.AutoModelForCausalLM, args.resume).state_dict()
-        if {name: w.shape for name, w in trained.items()} != {name: w.shape for name, w in model.state_dict().items()}:
-            sys.exit(f"--resume {args.resume}: its weights have other shapes than --model {args.model}")
-        model.load_state_dict(trained)
-        state = torch.load(Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
+        model.load_state_dict(load(transformers.AutoModelForCausalLM, args.resume).state_dict())
+        state = torch.load(pathlib.Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         done, baseline = state["step"], state["baseline"]
     if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
@@ -378,15 +348,15 @@ def main(args: Args) -> None:
     if args.eval_only:
         evaluations |= {"trained": run_evaluation(local_policy)} if args.resume else {}
         return accelerator.print(report(evaluations, held_out))
-    output_dir = Path(args.output_dir or f"runs/reinforce__{args.seed}__{int(time.time())}")
-    writer = SummaryWriter(output_dir, purge_step=done + 1) if accelerator.is_main_process else None
+    output_dir = pathlib.Path(args.output_dir or f"runs/reinforce__{args.seed}__{int(time.time())}")
+    writer = accelerator.is_main_process and torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=done + 1)
     if writer:
-        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in asdict(args).items()))
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in vars(args).items()))
         for name, value in evaluations["SFT"][0].items() if held_out else ():
             writer.add_scalar(f"eval/{name}", value, 0)
     k, size, micro = args.k, args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
     try:
-        for step in (progress := tqdm(range(done, args.total_steps), initial=done, total=args.total_steps)):
+        for step in (bar := accelerate.utils.tqdm(range(done, args.total_steps), initial=done, total=args.total_steps)):
             begin, warmup, decay = time.time(), (step + 1) / (args.warmup_steps + 1), 1 - step / args.total_steps
             optimizer.param_groups[0]["lr"] = lr = args.learning_rate * min(warmup, decay)
             epoch, start = divmod(step * args.prompts_per_step, len(train))  # (seed, step) fixes prompts and samples
@@ -428,7 +398,7 @@ def main(args: Args) -> None:
                        **{f"val/{name}": value for name, value in text_statistics(responses, eos).items()}}
             means = torch.tensor(list(metrics.values()), device=device)
             metrics = dict(zip(metrics, accelerator.reduce(means, "mean").tolist()))
-            progress.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.1f}")
+            bar.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.1f}")
             if writer and (last or done % args.save_every == 0):
                 path = output_dir / ("final" if last else f"checkpoint-{done}")
                 save(path, model, tokenizer, optimizer, done, args, baseline=baseline)

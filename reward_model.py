@@ -20,26 +20,10 @@ k(k-1)/2 pairs (Ouyang et al. 2022, InstructGPT, arXiv 2203.02155, section 3.5).
 The default run: 9 to 11 minutes on two slow CPU cores, held-out accuracy .82 (one seed: see the README).
 The result is an ordinary AutoModelForSequenceClassification. Left out: LoRA, packing, data mixtures.
 """
-import ctypes
-import importlib.util
-import itertools
-import math
-import os
-import shutil
-import sys
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+import ctypes, dataclasses, importlib.util, itertools, math, os, pathlib, shutil, sys, time, typing
+import accelerate, torch, torch.utils.tensorboard, transformers, tyro
 
-import torch
-import transformers
-import tyro
-from accelerate import Accelerator
-from accelerate.utils import gather_object, parse_flag_from_env, tqdm
-from torch.utils.tensorboard import SummaryWriter
-
-@dataclass
+@dataclasses.dataclass
 class Args:
     model: str = "smollm2"  # start of the reward model: hub id, directory, or smollm2 (built in: SmolLM2-135M-Instruct)
     dataset: str | None = None  # hub id (or id:config), json, jsonl, csv or parquet file (.gz too); default: built-in
@@ -65,30 +49,29 @@ class Args:
     save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last step is always saved, as final/
     resume: str | None = None  # go on from this checkpoint, bit-exactly on CPU; its flags hold unless given anew
     output_dir: str | None = None  # default: runs/reward_model__<seed>__<time>
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if hardware has it
+    precision: typing.Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if it is there
     seed: int = 1  # of the order of the prompts, and of the sampling of the built-in pairs
 MINIMUM = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1,
            "max_length": 2, "eval_prompts": 0, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 0}
 
 def parse_args() -> Args:
     """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
-    args, script = tyro.cli(Args), Path(__file__).stem
+    args, script = tyro.cli(Args), pathlib.Path(__file__).stem
     if args.resume:
-        file = Path(args.resume, "trainer_state.pt").resolve()
+        file = pathlib.Path(args.resume, "trainer_state.pt").resolve()
         state = torch.load(file, "cpu", weights_only=True, mmap=True) if file.exists() else {"script": None}
         if state["script"] != script:
             sys.exit(f"--resume {args.resume}: no checkpoint of {script}.py; give a final or checkpoint folder of it")
         saved = {**state["args"], "resume": str(file.parent), "output_dir": str(file.parent.parent)}
         args = tyro.cli(Args, default=Args(**saved))
+        args.model == saved["model"] or sys.exit(f"--model {args.model}: the checkpoint is of {saved['model']}")
     elif args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     for flag, least in MINIMUM.items():
         if getattr(args, flag) < least:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least} or more")
-    if args.prompts_per_step % args.micro_batch_size:
-        sys.exit(f"--micro-batch-size {args.micro_batch_size}: must divide --prompts-per-step {args.prompts_per_step}")
-    if args.micro_batch_size % (processes := int(os.environ.get("WORLD_SIZE", 1))):
-        sys.exit(f"--micro-batch-size {args.micro_batch_size}: must be a multiple of the {processes} processes")
+    if args.prompts_per_step % (size := args.micro_batch_size) or size % int(os.environ.get("WORLD_SIZE", 1)):
+        sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step; the number of processes must divide it")
     return args
 
 SUBJECTS = (  # the last six are held out by --eval-prompts 60
@@ -186,7 +169,7 @@ def sample_pairs(args, accelerator) -> list[dict]:
     options = {"do_sample": False, "logits_processor": [draw], "max_new_tokens": args.max_new_tokens}
     prompts, pairs = [request.format(subject) for subject in SUBJECTS for request in REQUESTS], []
     with accelerator.split_between_processes(list(range(0, len(prompts), 16))) as starts, accelerator.autocast():
-        for i in tqdm(starts, desc="sampling answers"):
+        for i in accelerate.utils.tqdm(starts, desc="sampling answers"):
             messages = [[{"role": "user", "content": prompt}] for prompt in prompts[i:i + 16]]
             inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, padding=True, return_dict=True,
                                                    return_tensors="pt").to(accelerator.device)
@@ -202,14 +185,13 @@ def sample_pairs(args, accelerator) -> list[dict]:
                 gold = {text: vader.polarity_scores(text)["compound"] for text in texts[j * args.k:(j + 1) * args.k]}
                 pairs += [dict(prompt=prompt, chosen=a, rejected=b, chosen_rating=gold[a], rejected_rating=gold[b])
                           for a, b in itertools.permutations(gold, 2) if gold[a] >= gold[b] + 0.1]
-    return gather_object(pairs)
+    return accelerate.utils.gather_object(pairs)
 
 class AnswerLogits(torch.nn.Module):
     """A sequence classifier's logits at the last token of each answer; answers to one prompt share a pass over it."""
     def __init__(self, model):
         super().__init__()
         self.model = model
-
     def forward(self, prompt_ids, prompt_mask, counts, response_ids, response_mask) -> torch.Tensor:
         """(B, P) x 2, left-padded; answers a prompt (B,), N in all; (N, R) x 2, right-padded -> fp32 logits (N, K)."""
         backbone, positions = self.model.base_model, (prompt_mask.cumsum(1) - 1).clamp(min=0)
@@ -308,10 +290,9 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
     """A plain transformers directory plus trainer_state.pt, whole or not at all: written aside, then renamed."""
     aside = path.with_name(f".new-{path.name}")
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        state = dict(script=Path(__file__).stem, step=step, args=asdict(args), optimizer=optimizer.state_dict(), **more)
-        torch.save(state, aside / "trainer_state.pt")
+        model.save_pretrained(aside), tokenizer.save_pretrained(aside)
+        state = dict(step=step, args=vars(args), optimizer=optimizer.state_dict(), **more)
+        torch.save(dict(state, script=pathlib.Path(__file__).stem), aside / "trainer_state.pt")
     except Exception as error:  # what a full disk raises depends on who was writing
         shutil.rmtree(aside, ignore_errors=True)
         message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}"
@@ -320,13 +301,12 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
     aside.rename(path)
 
 def main(args: Args) -> None:
-    """Load, make or read the pairs, evaluate, train, save, evaluate."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    cuda = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no",
+    accelerator = accelerate.Accelerator(mixed_precision="bf16" if bf16 else "no",
                               gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     tokenizer = load(transformers.AutoTokenizer, args.model)
@@ -370,7 +350,7 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     run_evaluation = lambda: evaluate_pairs(args, accelerator, local_model, tokenizer, held_out, bradley_terry)
     if args.resume:
-        state = torch.load(Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
+        state = torch.load(pathlib.Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
     evaluations = {"before": run_evaluation()} if held_out else {}
@@ -379,15 +359,15 @@ def main(args: Args) -> None:
         return accelerator.print(show())
     if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
         ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
-    output_dir = Path(args.output_dir or f"runs/reward_model__{args.seed}__{int(time.time())}")
-    writer = SummaryWriter(output_dir, purge_step=done + 1) if accelerator.is_main_process else None
+    output_dir = pathlib.Path(args.output_dir or f"runs/reward_model__{args.seed}__{int(time.time())}")
+    writer = accelerator.is_main_process and torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=done + 1)
     if writer:
-        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in asdict(args).items()))
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in vars(args).items()))
         for name, value in evaluations["before"][0].items() if held_out else ():
             writer.add_scalar(f"eval/{name}", value, done)
     size, micro = args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
     total_steps = args.total_steps or math.ceil(len(train) / args.prompts_per_step)
-    for step in (progress := tqdm(range(done, total_steps), initial=done, total=total_steps)):
+    for step in (bar := accelerate.utils.tqdm(range(done, total_steps), initial=done, total=total_steps)):
         begin, warmup, decay = time.time(), (step + 1) / (args.warmup_steps + 1), 1 - step / total_steps
         optimizer.param_groups[0]["lr"] = lr = args.learning_rate * min(warmup, decay)
         epoch, start = divmod(step * args.prompts_per_step, len(train))  # (seed, step) fixes the prompts
@@ -412,7 +392,7 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
         done, last = step + 1, step + 1 == total_steps
         metrics = dict(zip(values, accelerator.reduce(metrics, "mean").tolist()))
-        progress.set_postfix(loss=f"{metrics['loss']:.2f}", accuracy=f"{metrics['accuracies']:.2f}")
+        bar.set_postfix(loss=f"{metrics['loss']:.2f}", accuracy=f"{metrics['accuracies']:.2f}")
         metrics = {"loss/reward" if name == "loss" else f"rewards/{name}": value for name, value in metrics.items()}
         metrics.update({"charts/pairs_per_second": total / (time.time() - begin), "charts/learning_rate": lr,
                         "policy/grad_norm": grad_norm})
