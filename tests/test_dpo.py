@@ -1,0 +1,258 @@
+"""DPO: losses against hand-worked numbers, pairs however they come and are batched, and a run as its user meets it."""
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, run_script, tiny_gpt2, tiny_llama
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_math import plain_logprobs
+
+import dpo
+
+ONE, ZERO = torch.ones(1), torch.zeros(1)
+LOSSES = ["sigmoid", "ipo", "hinge", "robust", "simpo"]
+
+
+# ---- losses
+
+@pytest.mark.parametrize("loss_type, smoothing, at_one, at_zero", [
+    ("sigmoid", 0.0, 0.6444, math.log(2)), ("sigmoid", 0.1, 0.6544, math.log(2)), ("robust", 0.1, 0.6319, math.log(2)),
+    ("ipo", 0.0, 16.0, 25.0), ("hinge", 0.0, 0.9, 1.0)])
+def test_golden(loss_type, smoothing, at_one, at_zero):
+    """REFERENCE: h = 1, then h = 0, at beta 0.1; h may come from either answer, and from policy or reference."""
+    for logps in ((ONE, ZERO, ZERO, ZERO), (ZERO, -ONE, ZERO, ZERO), (ZERO, ZERO, -ONE, ZERO), (ZERO, ZERO, ZERO, ONE)):
+        losses, chosen, rejected = dpo.dpo_loss(*logps, 0.1, loss_type, smoothing)
+        assert losses.item() == pytest.approx(at_one, abs=5e-5) and (chosen - rejected).item() == pytest.approx(0.1)
+    assert dpo.dpo_loss(ZERO, ZERO, ZERO, ZERO, 0.1, loss_type, smoothing)[0].item() == pytest.approx(at_zero, abs=1e-5)
+
+
+def test_simpo_golden():
+    losses, *_ = dpo.dpo_loss(-ONE, -2 * ONE, ZERO, ZERO, 2.0, "simpo", simpo_margin=0.5)  # -log sigmoid(2 * 1 - 0.5)
+    assert losses.item() == pytest.approx(math.log1p(math.exp(-1.5)), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_descent_raises_the_chosen_answer_and_lowers_the_rejected(loss_type):
+    logps = torch.zeros(2, requires_grad=True)
+    dpo.dpo_loss(logps[:1], logps[1:], ZERO, ZERO, 0.1, loss_type, 0.1)[0].backward()
+    assert logps.grad[0] < 0 < logps.grad[1] and logps.grad.sum() == 0
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_equal_to_trl(loss_type):
+    pytest.importorskip("trl")
+    torch.manual_seed(0)
+    logps, beta, smoothing = 10 * torch.randn(4, 16), 0.3, 0.1 if loss_type == "robust" else 0.0
+    ours = dpo.dpo_loss(*(logps if loss_type != "simpo" else [*logps[:2], 0 * logps[0], 0 * logps[0]]), beta, loss_type, smoothing, 0.5)[0]
+    margins = logps[0] - logps[1] - (0 if loss_type == "simpo" else logps[2] - logps[3])
+    if loss_type == "simpo":  # TRL's is in its CPOTrainer: -logsigmoid(beta * logits - beta * gamma / beta)
+        theirs = -torch.nn.functional.logsigmoid(beta * (margins - 0.5 / beta))
+    else:
+        theirs = trl_loss(loss_type, margins, beta, smoothing)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def trl_loss(loss_type, delta, beta, smoothing):
+    """The lines of the installed DPOTrainer that make the loss from delta = chosen - rejected log-ratio, run as they are."""
+    import inspect
+    import textwrap
+
+    import trl
+    source = inspect.getsource(trl.DPOTrainer)
+    name = {"sigmoid": "sigmoid", "ipo": "ipo", "hinge": "hinge", "robust": "robust"}[loss_type]
+    block = re.search(rf'loss_type == "{name}":\n(.*?)(?=\n +elif |\n +else:)', source, re.S)
+    scope = dict(F=torch.nn.functional, torch=torch, delta_score=delta, delta=delta, logits=delta,
+                 self=type("T", (), dict(beta=beta, label_smoothing=smoothing))(),
+                 chosen_mask=torch.ones(len(delta), 2), rejected_mask=torch.ones(len(delta), 2))
+    if not block or "avg" in block.group(1):
+        pytest.skip("this TRL writes it in another way")
+    try:
+        exec(textwrap.dedent(block.group(1)), scope)
+    except Exception as error:
+        pytest.skip(f"this TRL writes it in another way: {error!r}")
+    return scope.get("per_sequence_loss", scope.get("losses"))
+
+
+# ---- data
+
+ANSWERS = dict(chosen="good", rejected="bad")
+@pytest.mark.parametrize("pair", [
+    dict(prompt="hi", **ANSWERS),
+    dict(prompt=[{"role": "user", "content": "hi"}], chosen=[{"role": "assistant", "content": "good"}],
+         rejected=[{"role": "assistant", "content": "bad"}]),
+    {name: [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}] for name, answer in ANSWERS.items()},
+])
+def test_every_format_reads_the_same_with_one_eos(pair):
+    tokenizer, args = byte_tokenizer(), dpo.Args(dataset="x", chat=True)
+    (row,), dropped = dpo.encode_pairs(args, tokenizer, [pair])
+    assert dropped == 0 and tokenizer.decode(row["ids"]) == "<s>user:hi</s><s>assistant:"
+    assert tokenizer.decode(row["chosen"]) == "good</s>" and tokenizer.decode(row["rejected"]) == "bad</s>"
+
+
+def test_strings_are_used_as_they_are_and_hh_dialogues_split_at_the_last_turn():
+    tokenizer, args = byte_tokenizer(), dpo.Args(dataset="x")
+    text = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: go\n\nAssistant:"
+    (row,), _ = dpo.encode_pairs(args, tokenizer, [dict(chosen=text + " good", rejected=text + " bad</s>")])
+    assert tokenizer.decode(row["ids"]) == text and tokenizer.decode(row["chosen"]) == " good</s>"
+    assert tokenizer.decode(row["rejected"]) == " bad</s>"  # its own EOS is not doubled
+
+
+def test_bad_pairs_are_dropped_and_counted():
+    data = [dict(prompt="a", chosen="b", rejected="c"), dict(prompt="a", chosen="b", rejected="b"),
+            dict(prompt="a", chosen="", rejected="c"), dict(prompt="a" * 50, chosen="b", rejected="c")]
+    rows, dropped = dpo.encode_pairs(dpo.Args(dataset="x", max_length=20), byte_tokenizer(), data)
+    assert len(rows) == 1 and dropped == 3
+
+
+# ---- log-probabilities
+
+class Here:  # what pair_logps asks of an accelerator
+    device = torch.device("cpu")
+    autocast = staticmethod(lambda: torch.autocast("cpu", enabled=False))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_prefix_shared_is_plain_and_so_is_the_gradient(make):
+    model, tokenizer = make(), byte_tokenizer()
+    data = [dict(prompt="a longer prompt", chosen="yes", rejected="nonono"), dict(prompt="b", chosen="x", rejected="yy")]
+    for loss_type in ("sigmoid", "simpo"):
+        args = dpo.Args(dataset="x", loss_type=loss_type)
+        rows, _ = dpo.encode_pairs(args, tokenizer, data)
+        shared = dpo.pair_logps(args, Here, dpo.ResponseLogprobs(model), tokenizer, rows)
+        reduce = torch.mean if loss_type == "simpo" else torch.sum
+        plain = torch.stack([reduce(plain_logprobs(model, row["ids"], row[name])) for row in rows for name in ("chosen", "rejected")])
+        assert torch.allclose(shared.flatten(), plain, atol=1e-5)
+        weights = torch.tensor([1.0, -2, 3, -1])
+        a, b = (torch.autograd.grad((x.flatten() * weights).sum(), list(model.parameters())) for x in (shared, plain))
+        assert all((x - y).abs().max() < 1e-5 * max(1, x.abs().max()) for x, y in zip(a, b))
+
+
+# ---- runs
+
+@pytest.fixture(scope="module")
+def flags(tiny, tiny_flags, tmp_path_factory):
+    """Pairs whose chosen answers are lower-case and whose rejected ones are digits."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [dict(prompt=f"question {i}", chosen="abcdefgh"[i % 5:], rejected="01234567"[i % 4:]) for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--model", tiny, "--reward", tiny_flags[1], "--dataset", path, "--precision", "fp32", "--epochs", 2, "--eval-prompts", 10,
+            "--max-new-tokens", 6, "--prompts-per-step", 6, "--micro-batch-size", 2, "--learning-rate", 1e-3, "--eval-every", 5]
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dpo") / "a"
+    run_script(dpo, *flags, "--save-every", 1, "--output-dir", out)
+    return out
+
+
+def scalars(out, tag):
+    return [e.value for e in EventAccumulator(str(out)).Reload().Scalars(tag)]
+
+
+def same(a, b):
+    a, b = (load_file(Path(x, "model.safetensors")) for x in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_starts_at_ln_2_and_learns(finished):
+    assert len(scalars(finished, "loss/policy")) == 10  # two epochs of 30 pairs, 6 a step
+    loss, accuracy, margin, score = (scalars(finished, f"eval/{tag}") for tag in ("loss", "accuracies", "margins", "score"))
+    assert loss[0] == pytest.approx(math.log(2), abs=1e-6) and accuracy[0] == margin[0] == 0
+    assert loss[-1] < 0.5 and accuracy[-1] == 1 and margin[-1] > 0.5 and len(loss) == 3
+    assert scalars(finished, "loss/policy")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert scalars(finished, "eval/kl")[0] == 0 and scalars(finished, "eval/kl")[-1] > 0
+    for tag in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "policy/grad_norm"):
+        assert len(scalars(finished, tag)) == 10
+
+
+@pytest.mark.parametrize("loss_type, at_start", [("ipo", 25.0), ("hinge", 1.0), ("robust", math.log(2)), ("simpo", None)])
+def test_the_other_losses_run(flags, tmp_path, loss_type, at_start):
+    run_script(dpo, *flags, "--loss-type", loss_type, "--label-smoothing", 0.1 if loss_type == "robust" else 0, "--output-dir", tmp_path / "o",
+               "--epochs", 4 if loss_type == "simpo" else 1)
+    loss, accuracy = scalars(tmp_path / "o", "eval/loss"), scalars(tmp_path / "o", "eval/accuracies")
+    assert loss[-1] < loss[0] and accuracy[-1] > 0.9
+    assert at_start is None or loss[0] == pytest.approx(at_start, abs=1e-4)
+
+
+def test_a_precomputed_reference_gives_the_same_weights(finished, flags, tmp_path):
+    run_script(dpo, *flags, "--precompute-ref", "--output-dir", tmp_path / "o")
+    a, b = (load_file(Path(x, "final/model.safetensors")) for x in (finished, tmp_path / "o"))
+    assert all((a[name] - b[name]).abs().max() < 1e-4 for name in a)
+    assert scalars(tmp_path / "o", "eval/kl") == pytest.approx(scalars(finished, "eval/kl"), abs=1e-2)
+
+
+def test_resume_is_bit_exact(finished, tmp_path):
+    shutil.copytree(finished / "checkpoint-4", tmp_path / "checkpoint-4")
+    run_script(dpo, "--resume", tmp_path / "checkpoint-4")
+    assert same(finished / "final", tmp_path / "final") and not same(finished / "final", finished / "checkpoint-4")
+
+
+def gradient(out):
+    state = torch.load(Path(out, "checkpoint-1/trainer_state.pt"))["optimizer"]["state"]
+    return torch.cat([state[i]["exp_avg"].flatten() / 0.1 for i in sorted(state)])
+
+
+def test_micro_batches_and_processes_change_nothing(finished, flags, tmp_path):
+    expected = gradient(finished)
+    assert expected.norm() > 0.01
+    run_script(dpo, *flags, "--total-steps", 2, "--save-every", 1, "--micro-batch-size", 6, "--output-dir", tmp_path / "a")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(27900 + os.getpid() % 500),
+               dpo.__file__, *map(str, flags), "--total-steps", "2", "--save-every", "1", "--output-dir", str(tmp_path / "b")]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert (gradient(out) - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert scalars(out, "rewards/margins")[1] == pytest.approx(scalars(finished, "rewards/margins")[1], abs=1e-4)
+
+
+def test_built_in_pairs_are_best_and_worst(tiny_flags, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dpo, "SUBJECTS", dpo.SUBJECTS[:4])
+    seen, real = [], dpo.best_and_worst
+    monkeypatch.setattr(dpo, "best_and_worst", lambda *x: seen.append(real(*x)) or seen[-1])
+    skip = flags.index("--dataset")
+    run_script(dpo, *flags[:skip], *flags[skip + 2:], "--epochs", 1, "--eval-every", 100, "--output-dir", tmp_path / "o")
+    train, held_out = seen
+    assert 25 < len(train) <= 30 and len(held_out) <= 10 and f"{len(train)} training pairs" in capsys.readouterr().out
+    tokenizer, judge = byte_tokenizer(), dpo.make_judge("--reward", tiny_flags[1])
+    for row in train:
+        texts = tokenizer.batch_decode([row["chosen"], row["rejected"]], skip_special_tokens=True)
+        assert judge([row, row], texts) == pytest.approx([row["best"], row["worst"]])
+    assert {str(row["prompt"]) for row in train}.isdisjoint(str(row["prompt"]) for row in held_out)
+
+
+def test_eval_only(finished, capsys):
+    run_script(dpo, "--resume", finished / "final", "--eval-only")
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines() if line.startswith("trained")]
+    assert float(rows[0][1]) == pytest.approx(scalars(finished, "eval/loss")[-1], abs=1e-3)
+    assert float(rows[1][1]) == pytest.approx(scalars(finished, "eval/score")[-1], abs=1e-3)
+
+
+@pytest.mark.parametrize("bad, said", [
+    (["--prompts-per-step", 7], "--micro-batch-size 2: must divide --prompts-per-step"),
+    (["--dataset", "nowhere.jsonl"], "--dataset nowhere.jsonl"),
+    (["--max-length", 5], "--dataset: only 0 pairs fit --max-length"),
+    (["--reward", "some/model"], "--reward some/model: cannot be loaded as path/file.py:function"),
+    (["--k", 1], "--k 1: must be 2 or more"),
+    (["--resume", "."], "no checkpoint of dpo.py"),
+])
+def test_bad_input(flags, bad, said):
+    with pytest.raises(SystemExit, match=said):
+        run_script(dpo, *flags, *bad)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(finished, flags, tmp_path, monkeypatch):
+    calls, real = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *x: calls.append(1) or real(*x) * (float("nan") if len(calls) > 3 else 1))
+    with pytest.raises(SystemExit, match="lower --learning-rate, --resume checkpoint-3"):
+        run_script(dpo, *flags, "--output-dir", tmp_path / "o")
+    assert same(tmp_path / "o/checkpoint-3", finished / "checkpoint-3")
