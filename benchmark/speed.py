@@ -9,10 +9,12 @@
 
     uv run benchmark/speed.py rloo --steps 6 --rounds 2
     uv run benchmark/speed.py reward_model --dataset hh_helpful_train.jsonl.gz --steps 6 --rounds 2
+    uv run benchmark/speed.py dpo --dataset hh_helpful_train.jsonl.gz --steps 6 --rounds 2
+    uv run benchmark/speed.py ppo --steps 6 --rounds 2          # against rloo.py: TRL has no PPO any more
 
 SmolLM2-135M with fp32 weights, bf16 autocast, no gradient checkpointing. rloo: the built-in prompts, 8 prompts x k 4,
-24 new tokens, KL in the reward, vader. reward_model: the first pairs of the dataset of at most 256 tokens, as raw text,
-8 a step. Each turn is a process of its own; the first two steps of each are warm-up. Peak memory is the process's
+24 new tokens, KL in the reward, vader; ppo: the same, one epoch. reward_model, dpo: the first pairs of the dataset of at
+most 256 tokens, as raw text, 8 a step. Each turn is a process of its own; the first two steps of each are warm-up. Peak memory is the process's
 largest resident set, model loading included. TRL is a dependency of this file only.
 """
 import argparse
@@ -28,22 +30,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def ours(flags, out):
+PAIRS = ("reward_model", "dpo")
+
+
+def ours(script, flags, out):
     """A script by its command line; its own curve has the samples a second of each step."""
-    command = [sys.executable, str(ROOT / f"{flags.task}.py"), "--total-steps", str(flags.steps), "--eval-prompts", "0",
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--total-steps", str(flags.steps), "--eval-prompts", "0",
                "--prompts-per-step", str(flags.prompts), "--model", flags.model, "--output-dir", out]
-    if flags.task == "rloo":
-        return [*command, "--k", str(flags.k), "--max-new-tokens", str(flags.tokens)]
-    return [*command, "--dataset", flags.dataset, "--max-length", str(flags.length)]
+    if script in PAIRS:
+        return [*command, "--dataset", flags.dataset, "--max-length", str(flags.length)]
+    return [*command, "--k", str(flags.k), "--max-new-tokens", str(flags.tokens), *(["--epochs", "1"] if script == "ppo" else [])]
 
 
-def ours_seconds(flags, out):
-    tag, samples = ("charts/samples_per_second", flags.prompts * flags.k) if flags.task == "rloo" else ("charts/pairs_per_second", flags.prompts)
+def our_seconds(flags, out):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    return [samples / e.value for e in EventAccumulator(out).Reload().Scalars(tag)]
+    tag = "pairs" if flags.task in PAIRS else "samples"
+    return [samples(flags) / e.value for e in EventAccumulator(out).Reload().Scalars(f"charts/{tag}_per_second")]
 
 
-def trl(flags, out):
+def samples(flags):
+    return flags.prompts * (1 if flags.task in PAIRS else flags.k)
+
+
+def trl(script, flags, out):
     return [sys.executable, __file__, flags.task, "--trl-worker", out,
             *(f"--{n}={v}" for n, v in vars(flags).items() if n not in ("task", "trl_worker"))]
 
@@ -52,15 +61,12 @@ def trl_seconds(flags, out):
     return json.loads(Path(out, "seconds.json").read_text())
 
 
-SIDES = {"ours": (ours, ours_seconds), "TRL": (trl, trl_seconds)}
-
-
 def trl_worker(flags):
     sys.path.insert(0, str(ROOT))
     import torch
     from datasets import Dataset, load_dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-    from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     import rloo
@@ -90,11 +96,16 @@ def trl_worker(flags):
         trainer = RLOOTrainer(model=model, reward_funcs=score, args=config, train_dataset=prompts, processing_class=tokenizer,
                               callbacks=[Clock()])
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(flags.model, dtype=torch.float32, num_labels=1)
         pairs = load_dataset("json", data_files=flags.dataset, split="train").select_columns(["prompt", "chosen", "rejected"])
-        config = RewardConfig(per_device_train_batch_size=flags.prompts, max_length=flags.length, learning_rate=5e-5,
-                              center_rewards_coefficient=0.01, **common)
-        trainer = RewardTrainer(model=model, args=config, train_dataset=pairs, processing_class=tokenizer, callbacks=[Clock()])
+        common.update(per_device_train_batch_size=flags.prompts, max_length=flags.length)
+        inputs = dict(train_dataset=pairs, processing_class=tokenizer, callbacks=[Clock()])
+        if flags.task == "dpo":
+            model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32)
+            trainer = DPOTrainer(model=model, args=DPOConfig(beta=0.1, learning_rate=2e-5, **common), **inputs)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(flags.model, dtype=torch.float32, num_labels=1)
+            config = RewardConfig(learning_rate=5e-5, center_rewards_coefficient=0.01, **common)
+            trainer = RewardTrainer(model=model, args=config, **inputs)
     trainer.train()
     Path(flags.trl_worker, "seconds.json").write_text(json.dumps(seconds))
 
@@ -117,9 +128,9 @@ def write_pairs(flags, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["rloo", "reward_model"])
+    parser.add_argument("task", choices=["rloo", "ppo", *PAIRS])
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dataset", default=None, help="reward_model: a file of pairs: prompt, chosen, rejected, all strings")
+    parser.add_argument("--dataset", default=None, help="reward_model, dpo: a file of pairs: prompt, chosen, rejected, all strings")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=24)
@@ -138,31 +149,32 @@ def main():
         flags.model = tempfile.mkdtemp()
         rloo.load(AutoTokenizer, "smollm2").save_pretrained(flags.model)
         rloo.load(AutoModelForCausalLM, "smollm2").save_pretrained(flags.model)
-    if flags.task == "reward_model":
+    if flags.task in PAIRS:
         flags.dataset = write_pairs(flags, Path(tempfile.mkdtemp(), "pairs.jsonl"))
-    steps, memory = {side: [] for side in SIDES}, {side: [] for side in SIDES}
+    sides = (f"{flags.task}.py", "rloo.py" if flags.task == "ppo" else "TRL")
+    steps, memory = {side: [] for side in sides}, {side: [] for side in sides}
     for turn in range(flags.rounds):
-        for side, (command, seconds) in SIDES.items():
+        for side in sides:
+            command, seconds = (trl, trl_seconds) if side == "TRL" else (ours, our_seconds)
             with tempfile.TemporaryDirectory() as folder:
                 out = str(Path(folder, "out"))
                 with open(Path(folder, "log"), "w+") as log:
-                    process = subprocess.Popen(command(flags, out), stdout=log, stderr=subprocess.STDOUT)
+                    process = subprocess.Popen(command(side.removesuffix(".py"), flags, out), stdout=log, stderr=subprocess.STDOUT)
                     _, status, usage = os.wait4(process.pid, 0)
                     if status:
                         log.seek(0)
                         sys.exit(f"{side} failed:\n{log.read()[-3000:]}")
                 steps[side] += seconds(flags, out)[2:]  # the first are warm-up: fresh memory, Adam's states
                 memory[side].append(usage.ru_maxrss / 2**20)
-            print(f"round {turn + 1}, {side:8} median {statistics.median(steps[side]):6.2f} s a step, {memory[side][-1]:.2f} GB", flush=True)
-    median = {side: statistics.median(steps[side]) for side in SIDES}
-    samples = flags.prompts * flags.k if flags.task == "rloo" else flags.prompts
-    name = "samples/s" if flags.task == "rloo" else "pairs/s"
-    print(f"\n{'':9}{'s a step':>10}{'(min-max)':>16}{name:>11}{'peak GB':>9}")
-    for side in SIDES:
-        print(f"{side:9}{median[side]:10.2f}{f'({min(steps[side]):.2f}-{max(steps[side]):.2f})':>16}"
-              f"{samples / median[side]:11.2f}{max(memory[side]):9.2f}")
-    print(f"{flags.task}.py / TRL: {median['TRL'] / median['ours']:.2f} x the {name}, "
-          f"{max(memory['ours']) / max(memory['TRL']):.2f} x the peak memory")
+            print(f"round {turn + 1}, {side:17} median {statistics.median(steps[side]):6.2f} s a step, {memory[side][-1]:.2f} GB", flush=True)
+    median = {side: statistics.median(steps[side]) for side in sides}
+    name = "pairs/s" if flags.task in PAIRS else "samples/s"
+    print(f"\n{'':17}{'s a step':>10}{'(min-max)':>16}{name:>11}{'peak GB':>9}")
+    for side in sides:
+        print(f"{side:17}{median[side]:10.2f}{f'({min(steps[side]):.2f}-{max(steps[side]):.2f})':>16}"
+              f"{samples(flags) / median[side]:11.2f}{max(memory[side]):9.2f}")
+    a, b = sides
+    print(f"{a} / {b}: {median[b] / median[a]:.2f} x the {name}, {max(memory[a]) / max(memory[b]):.2f} x the peak memory")
 
 
 if __name__ == "__main__":
