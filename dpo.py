@@ -242,8 +242,8 @@ def completion_mask(response_ids, eos_token_id) -> torch.Tensor:
 def best_and_worst(args, accelerator, model, tokenizer, rows, score) -> list[dict]:
     """The built-in pairs: of k answers by the policy, the one that scores best and the one that scores worst."""
     numbers = torch.rand(len(rows), args.k, args.max_new_tokens, generator=random_stream(args.seed, 3, len(rows)))
-    for i in accelerate.utils.tqdm(range(0, len(rows), size := args.micro_batch_size), desc="sampling answers"):
-        batch, uniforms = rows[i:i + size], numbers[i:i + size].flatten(0, 1)
+    for i in accelerate.utils.tqdm(range(0, len(rows), 16), desc="sampling answers"):
+        batch, uniforms = rows[i:i + 16], numbers[i:i + 16].flatten(0, 1)
         _, ids, texts = sample_responses(args, accelerator, model, tokenizer, batch, args.k, uniforms)
         answers = list(zip(score([row for row in batch for _ in range(args.k)], texts), ids))
         for j, row in enumerate(batch):
