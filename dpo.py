@@ -22,19 +22,20 @@ import accelerate, torch, torch.utils.tensorboard, transformers, tyro
 class Args:
     model: str = "smollm2"  # policy and reference: hub id, directory, or smollm2 (built in: SmolLM2-135M-Instruct)
     dataset: str | None = None  # hub id (or id:config), json, jsonl, csv or parquet file (.gz too); default: built-in
-    dataset_split: str = "train"  # split of the dataset, and of --eval-dataset
+    dataset_split: str = "train"  # split of the dataset
     eval_dataset: str | None = None  # pairs held out for evaluation; default: the last --eval-prompts of the dataset
+    eval_split: str | None = None  # split of --eval-dataset; default: --dataset-split
     chat: bool = False  # a string prompt is a user's message, for the chat template (the built-in ones always are)
     reward: str = "vader"  # ranks the built-in answers, scores those of the evaluation: vader or path/file.py:function
     loss_type: typing.Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # see dpo_loss
     beta: float = 0.1  # how much the loss wants to leave the reference: little if large (simpo: try 2)
-    label_smoothing: float = 0.0  # assumed share of wrong labels (sigmoid, robust, simpo)
+    label_smoothing: float = 0.0  # assumed share of wrong labels, under 0.5 (sigmoid, robust, simpo)
     simpo_margin: float = 0.5  # gamma of simpo
-    precompute_ref: bool = False  # the reference's log-probabilities once, before training: then it leaves the memory
+    precompute_ref: bool = False  # ask the reference before training: a GPU then holds it in evaluations only
     k: int = 8  # built-in pairs: answers that the policy samples a prompt, of which best and worst are a pair
     temperature: float = 1.0  # of sampling
     max_new_tokens: int = 24  # longest sampled answer, in tokens
-    max_length: int = 512  # pairs with a longer text, prompt and answer, in tokens, are dropped (and counted)
+    max_length: int = 512  # pairs of the dataset with a longer text, prompt and answer, in tokens, are dropped, counted
     prompts_per_step: int = 8  # pairs in an optimizer step, over all processes
     micro_batch_size: int = 4  # pairs in a forward and backward pass, over all processes: bounds the memory
     learning_rate: float = 2e-5  # its peak: linear warm-up, then linear to 0
@@ -105,22 +106,22 @@ def split_prompt(pair) -> tuple:
     return chosen[:n], chosen[n:], rejected[n:]
 
 def encode_pairs(args, tokenizer, data) -> tuple[list[dict], int]:
-    """(rows, number of pairs dropped): "text" and its "ids" are the prompt, the token ids of both answers follow it."""
+    """(rows with the token ids of prompt ("ids"), chosen and rejected answer; number of pairs dropped)."""
     rows = []
     for pair in data:
         prompt, *answers = split_prompt(pair)
         messages = [{"role": "user", "content": prompt}] if args.chat or not args.dataset else None
-        messages, text = prompt if isinstance(prompt, list) else messages, prompt
+        messages, text = prompt if isinstance(prompt, list) else messages, prompt or ""
         if messages:
             tokenizer.chat_template or sys.exit(f"--model {args.model}: has no chat template; use an instruct model")
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]  # a template writes its own
-        row = dict(prompt=prompt, messages=messages, text=text, ids=ids or [tokenizer.eos_token_id], columns=pair)
+        row = dict(prompt=prompt, ids=ids or [tokenizer.eos_token_id], columns=pair if args.dataset else {})
+        answers = [x if isinstance(x, str) else "".join(message["content"] or "" for message in x[:1]) for x in answers]
         for name, answer in zip(("chosen", "rejected"), answers):
-            answer = answer if isinstance(answer, str) else answer[0]["content"]
             row[name] = tokenizer(answer, add_special_tokens=False)["input_ids"]
             row[name] += [tokenizer.eos_token_id] * (row[name][-1:] != [tokenizer.eos_token_id])
-        longest = len(ids) + max(len(row["chosen"]), len(row["rejected"]))
+        longest = len(row["ids"]) + max(len(row["chosen"]), len(row["rejected"]))
         rows += [row] if longest <= args.max_length and all(answers) and row["chosen"] != row["rejected"] else []
     return rows, len(data) - len(rows)
 
@@ -275,13 +276,10 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 def pair_logps(args, accelerator, model, tokenizer, rows) -> torch.Tensor:
     """log pi of each row's chosen and rejected answer (B, 2): summed over the tokens, or their mean for simpo."""
-    answers = {"input_ids": [ids for row in rows for ids in (row["chosen"], row["rejected"])]}
-    prompts = tokenizer.pad({"input_ids": [row["ids"] for row in rows]}, padding_side="left", return_tensors="pt")
-    answers = tokenizer.pad(answers, padding_side="right", return_tensors="pt")
-    inputs = [x.to(accelerator.device) for x in (*prompts.values(), *answers.values())]
-    with accelerator.autocast():
-        logps = model(*inputs, 1.0).sum(1)
-    return (logps / inputs[3].sum(1) if args.loss_type == "simpo" else logps).view(-1, 2)
+    pad = lambda ids, side: tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").values()
+    answers = [row[name] for row in rows for name in ("chosen", "rejected")]
+    inputs = [x.to(accelerator.device) for x in (*pad([row["ids"] for row in rows], "left"), *pad(answers, "right"))]
+    return (model(*inputs, 1.0).sum(1) / (inputs[3].sum(1) if args.loss_type == "simpo" else 1)).view(-1, 2)
 
 METRICS = ("loss", "accuracies", "margins", "chosen", "rejected", "logps_chosen", "logps_rejected")
 def pair_loss(args, accelerator, model, reference, tokenizer, rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,7 +306,7 @@ def text_statistics(responses, eos_token_ids) -> dict[str, float]:
 def evaluate(args, accelerator, policy, reference, tokenizer, rows, scorers) -> tuple[dict, list[dict]]:
     """(means, results) of a response a row, from the same random numbers each time and on every process."""
     uniforms, results = torch.rand(len(rows), args.max_new_tokens, generator=random_stream(args.seed, 1)), []
-    for i in range(0, len(rows), size := args.micro_batch_size * args.k // accelerator.num_processes):  # as in training
+    for i in range(0, len(rows), size := args.micro_batch_size * args.k // accelerator.num_processes):
         batch, numbers = rows[i:i + size], uniforms[i:i + size]
         inputs, ids, texts = sample_responses(args, accelerator, policy.model, tokenizer, batch, 1, numbers)
         kl = sequence_kl(policy(*inputs, args.temperature), reference(*inputs, args.temperature), inputs[3])
@@ -360,11 +358,9 @@ def main(args: Args) -> None:
     split = len(rows) - args.eval_prompts * (args.eval_dataset is None)
     train, held_out = rows[:split], rows[split:]
     if args.eval_dataset:
-        data = read_pairs("--eval-dataset", args.eval_dataset, args.dataset_split)
+        data = read_pairs("--eval-dataset", args.eval_dataset, args.eval_split or args.dataset_split)
         held_out, more = encode_pairs(args, tokenizer, data)
         dropped += more
-    if split < (0 if args.eval_only else args.prompts_per_step) or args.eval_only and not held_out:
-        sys.exit(f"--dataset: only {len(rows)} pairs fit --max-length; --eval-prompts and a step need more")
     judge = make_judge("--reward", args.reward)
     options = {"dtype": torch.float32, "attn_implementation": None if cuda else "eager"}  # on CPU sdpa trains slowly
     model = load(transformers.AutoModelForCausalLM, args.model, **options).eval()  # eval: no dropout
@@ -379,19 +375,22 @@ def main(args: Args) -> None:
             module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
     reference = accelerator.prepare_model(ResponseLogprobs(reference), evaluation_mode=True)
     if not args.dataset:
-        train, held_out = (best_and_worst(args, accelerator, model, tokenizer, x, judge) for x in (train, held_out))
-    accelerator.print(f"{len(train)} training pairs, {len(held_out)} held out, {dropped} dropped (empty or too long)")
+        sample = lambda rows: best_and_worst(args, accelerator, model, tokenizer, rows, judge)
+        train, held_out = [] if args.eval_only else sample(train), held_out if args.eval_dataset else sample(held_out)
+    accelerator.print(f"{len(train)} training pairs, {len(held_out)} held out, {dropped} dropped (bad or too long)")
+    if min(split, len(train)) < (0 if args.eval_only else args.prompts_per_step) or args.eval_only and not held_out:
+        sys.exit(f"--dataset: only {len(rows)} pairs fit --max-length; --eval-prompts and a step need more")
     batches = lambda rows: [rows[i:i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
-    for rows in batches(train + held_out) if args.precompute_ref else ():
+    for rows in batches(train + held_out) if args.precompute_ref and args.loss_type != "simpo" else ():
         for row, ref_logps in zip(rows, pair_logps(args, accelerator, reference, tokenizer, rows).tolist()):
             row["ref_logps"] = ref_logps
     @torch.no_grad()
     def run_evaluation(title, model):
         values = torch.cat([pair_loss(args, accelerator, model, reference, tokenizer, x)[1] for x in batches(held_out)])
-        pairs[title], prompts = (dict(zip(METRICS, values.mean(0).tolist())), None), held_out[:args.eval_prompts]
+        pairs[title], prompts = (dict(zip(METRICS, values.mean(0).tolist())), None), held_out[:args.eval_prompts or 1]
         reference.to(device)
         evaluations[title] = evaluate(args, accelerator, model, reference, tokenizer, prompts, {"score": judge})
-        reference.to("cpu" if args.precompute_ref else device)  # no longer needed
+        reference.to("cpu" if args.precompute_ref else device)  # until the next evaluation
         return report(pairs, []) + "\n\n" + report(evaluations, prompts)
     table = run_evaluation("SFT", reference) if held_out else ""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
@@ -402,7 +401,8 @@ def main(args: Args) -> None:
         done = state["step"]
     if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
         ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
-    if args.eval_only:
+    total_steps = args.total_steps or args.epochs * len(train) // args.prompts_per_step
+    if args.eval_only or held_out and done >= total_steps:
         return accelerator.print(run_evaluation("trained", local_policy) if args.resume else table)
     output_dir = pathlib.Path(args.output_dir or f"runs/dpo__{args.seed}__{int(time.time())}")
     writer = accelerator.is_main_process and torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=done + 1)
@@ -411,7 +411,6 @@ def main(args: Args) -> None:
         for name, value in (pairs["SFT"][0] | evaluations["SFT"][0]).items() if held_out else ():
             writer.add_scalar(f"eval/{name}", value, 0)
     size, micro = args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
-    total_steps = args.total_steps or args.epochs * len(train) // args.prompts_per_step
     for step in (bar := accelerate.utils.tqdm(range(done, total_steps), initial=done, total=total_steps)):
         begin, warmup, decay = time.time(), (step + 1) / (args.warmup_steps + 1), 1 - step / total_steps
         optimizer.param_groups[0]["lr"] = lr = args.learning_rate * min(warmup, decay)
@@ -425,9 +424,10 @@ def main(args: Args) -> None:
             metrics.append(values)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         if not math.isfinite(grad_norm):
-            writer and save(output_dir / f"checkpoint-{done}", model, tokenizer, optimizer, done, args)
+            path = output_dir / f"checkpoint-{done}"
+            writer and save(path, model, tokenizer, optimizer, done, args)
             accelerator.wait_for_everyone()  # a process that stops takes the others with it
-            sys.exit(f"step {step}: gradient norm {grad_norm}; lower --learning-rate, --resume checkpoint-{done}")
+            sys.exit(f"step {step}: gradient norm {grad_norm}; lower --learning-rate; --resume {path}")
         optimizer.step(), optimizer.zero_grad()
         done, last = step + 1, step + 1 == total_steps
         loss, *metrics = accelerator.reduce(torch.cat(metrics).mean(0), "mean").tolist()

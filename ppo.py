@@ -16,7 +16,7 @@ For each prompt x sample responses y from the policy pi, then called pi_old; V(t
 that has other tokens or is none, as the policy with a head of 0. Details: Huang et al. 2024, arXiv 2403.17031 ("N+").
     accelerate launch ppo.py                                         # SmolLM2-135M learns to write cheerfully, offline
     accelerate launch ppo.py --reward runs/reward_model__1__1767225600/final --eval-reward vader
-Left out on purpose: adaptive KL coefficient, reward whitening, layers shared by policy and critic, LoRA, vLLM, top-p.
+Left out on purpose: adaptive KL, reward whitening, a score for no EOS, a critic that shares layers, LoRA, vLLM, top-p.
 """
 import copy, ctypes, dataclasses, importlib.util, math, os, pathlib, runpy, shutil, sys, time, traceback, typing
 import accelerate, torch, torch.utils.tensorboard, transformers, tyro
@@ -32,31 +32,31 @@ class Args:
     eval_reward: str | None = None  # a second scorer, for evaluation only: the gold one a learned reward imitates
     k: int = 4  # responses a prompt, which is run once for all of them
     kl_coef: float = 0.05  # weight of the KL from the reference in the reward
-    epochs: int = 2  # passes over the samples of a step
-    minibatches: int = 1  # optimizer steps a pass
+    epochs: int = 1  # passes over the samples of a step
+    minibatches: int = 2  # optimizer steps a pass
     gamma: float = 1.0  # discount of later rewards
     lam: float = 0.95  # of GAE: 0 trusts the critic, 1 the rewards that were seen
-    cliprange: float = 0.2  # a ratio further than this from 1, or a value from the old one, gets no more gradient
-    vf_coef: float = 0.1  # weight of the value loss
+    cliprange: float = 0.2  # nothing pushes a ratio further than this from 1, nor a value from the old one
+    vf_coef: float = 0.1  # weight of the value loss: matters to the critic's --max-grad-norm only, Adam does the rest
     temperature: float = 1.0  # of sampling, and so of the log-probabilities that are trained
     max_new_tokens: int = 24  # longest response, in tokens
     max_prompt_length: int = 256  # longer prompts, in tokens, are dropped (and counted)
-    prompts_per_step: int = 8  # prompts in an optimizer step, over all processes
+    prompts_per_step: int = 8  # prompts in a step, over all processes: sampled once, then --epochs passes over them
     micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds the memory
     learning_rate: float = 1e-4  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up
-    total_steps: int = 40  # optimizer steps
-    max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
+    total_steps: int = 40  # steps, each of --epochs x --minibatches optimizer steps
+    max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm, policy and critic each by itself
     eval_prompts: int = 60  # held out for evaluation: the last of the dataset (built-in: 10 a subject, so 6 subjects)
     eval_every: int = 20  # steps between evaluations; there is always one before and one after
     eval_only: bool = False  # evaluate --model (with --resume: the checkpoint beside its reference) and stop
-    save_every: int = 50  # steps between checkpoints (1.6 GB for SmolLM2); the last step is always saved, as final/
+    save_every: int = 50  # steps between checkpoints (3.2 GB for SmolLM2); the last step is always saved, as final/
     resume: str | None = None  # go on from this checkpoint, bit-exactly on CPU; its flags hold unless given anew
     output_dir: str | None = None  # default: runs/ppo__<seed>__<time>
     precision: typing.Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if it is there
     seed: int = 1  # of the order of the prompts, and of sampling
-MINIMUM = {"k": 1, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1,
-           "epochs": 1, "minibatches": 1, "eval_prompts": 0, "eval_every": 1, "save_every": 1, "total_steps": 1}
+MINIMUM = {"k": 1, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1, "epochs": 1,
+           "minibatches": 1, "eval_prompts": 0, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 1}
 
 def parse_args() -> Args:
     """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
@@ -297,7 +297,7 @@ def text_statistics(responses, eos_token_ids) -> dict[str, float]:
 def evaluate(args, accelerator, policy, reference, tokenizer, rows, scorers) -> tuple[dict, list[dict]]:
     """(means, results) of a response a row, from the same random numbers each time and on every process."""
     uniforms, results = torch.rand(len(rows), args.max_new_tokens, generator=random_stream(args.seed, 1)), []
-    for i in range(0, len(rows), size := args.micro_batch_size * args.k // accelerator.num_processes):  # as in training
+    for i in range(0, len(rows), size := args.micro_batch_size * args.k // accelerator.num_processes):
         batch, numbers = rows[i:i + size], uniforms[i:i + size]
         inputs, ids, texts = sample_responses(args, accelerator, policy.model, tokenizer, batch, 1, numbers)
         kl = sequence_kl(policy(*inputs, args.temperature), reference(*inputs, args.temperature), inputs[3])
@@ -358,9 +358,9 @@ def main(args: Args) -> None:
         if bf16 and isinstance(module, torch.nn.Linear):
             module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
     reference = accelerator.prepare_model(TokenOutputs(reference), evaluation_mode=True)
-    start = args.model if args.reward == "vader" or ".py:" in args.reward else args.reward
-    same_tokens = tokenizer.get_vocab().items() <= load(transformers.AutoTokenizer, start).get_vocab().items()
-    critic_model, info = load(transformers.AutoModelForTokenClassification, start if same_tokens else args.model,
+    scorer = args.model if args.reward == "vader" or ".py:" in args.reward else args.reward
+    same_tokens = tokenizer.get_vocab().items() <= load(transformers.AutoTokenizer, scorer).get_vocab().items()
+    critic_model, info = load(transformers.AutoModelForTokenClassification, scorer if same_tokens else args.model,
                               num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True, **options)
     for name in {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])}:
         torch.nn.init.zeros_(critic_model.get_parameter(name))
@@ -376,7 +376,7 @@ def main(args: Args) -> None:
         ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
     run_evaluation = lambda model: evaluate(args, accelerator, model, reference, tokenizer, held_out, scorers)
     evaluations = {"SFT": run_evaluation(reference)} if held_out else {}
-    if args.eval_only:
+    if args.eval_only or held_out and done >= args.total_steps:
         evaluations |= {"trained": run_evaluation(local_policy)} if args.resume else {}
         return accelerator.print(report(evaluations, held_out))
     output_dir = pathlib.Path(args.output_dir or f"runs/ppo__{args.seed}__{int(time.time())}")
@@ -400,25 +400,25 @@ def main(args: Args) -> None:
             split = lambda *tensors: list(zip(*(x.split(len(x) * micro // size) for x in tensors)))  # micro-batches
             with torch.no_grad():
                 old = [[f(*part, args.temperature) for f in (policy, reference, critic)] for part in split(*inputs)]
-            (logprobs, ref_logprobs, values), mask, updates = map(torch.cat, zip(*old)), inputs[3], []
+            (logprobs, ref_logprobs, values), mask = map(torch.cat, zip(*old)), inputs[3]
             rewards = token_rewards(scores, logprobs, ref_logprobs, mask, args.kl_coef)
             advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-            advantages = masked_whiten(advantages, mask, total := lambda x: accelerator.reduce(x, "sum"))
-            parts = split(*inputs, logprobs, advantages, values, returns)
+            advantages = masked_whiten(advantages, mask, accelerator.reduce)
+            parts, updates = split(*inputs, logprobs, advantages, values, returns), []
             for minibatch in [parts[i::args.minibatches] for i in range(args.minibatches)] * args.epochs:
-                tokens, metrics = total(sum(part[3].sum() for part in minibatch)) / processes, 0.0
+                tokens, metrics = accelerator.reduce(sum(part[3].sum() for part in minibatch)) / processes, 0.0
                 for *batch, old_logprobs, part_advantages, old_values, part_returns in minibatch:
                     new_logprobs, new_values = policy(*batch, args.temperature), critic(*batch, args.temperature)
                     policy_loss = ppo_policy_loss(new_logprobs, old_logprobs, part_advantages, batch[3], args.cliprange)
                     value_loss = ppo_value_loss(new_values, old_values, part_returns, batch[3], args.cliprange)
-                    share = batch[3].sum() / tokens  # means are over the tokens of the minibatch, on all processes
+                    share = batch[3].sum() / tokens  # of the minibatch's tokens; over processes, gradients are averaged
                     accelerator.backward(share * (policy_loss + args.vf_coef * value_loss))
                     ratio = (new_logprobs - old_logprobs)[batch[3].bool()].detach().exp()
                     clipped = ((ratio - 1).abs() > args.cliprange).float()
                     means = policy_loss, value_loss, ratio.log().square().mean() / 2, clipped.mean(), ratio.mean()
                     metrics += share * torch.stack(means).detach()
                 norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), args.max_grad_norm) for m in (policy, critic)]
-                math.isfinite(sum(norms)) or sys.exit(f"step {step}: gradient norms {norms}; lower --learning-rate")
+                math.isfinite(sum(norms)) or sys.exit(f"step {step}: gradient norm {sum(norms)}; lower --learning-rate")
                 optimizer.step(), optimizer.zero_grad()
                 updates.append(torch.cat([metrics, torch.stack(norms)]))
             done, last, kl = step + 1, step + 1 == args.total_steps, sequence_kl(logprobs, ref_logprobs, mask).mean()
@@ -440,9 +440,9 @@ def main(args: Args) -> None:
             for tag, value in metrics.items() if writer else ():
                 (writer.add_text if isinstance(value, str) else writer.add_scalar)(tag, value, done)
             writer and writer.flush()  # its thread would lose the last ones at exit
-    except SystemExit as error:  # a scorer or a gradient failed: the weights after `done` steps are good, and kept
+    except SystemExit as error:  # a scorer or a gradient failed: the last finite weights (of half a step?) are kept
         path = output_dir / f"checkpoint-{done}"
-        writer and save_as(path.name)
+        writer and save_as(path.name), "gradient" in f"{error}" and accelerator.wait_for_everyone()
         sys.exit(f"{error}" + f"; once mended, --resume {path}" * path.exists())
     accelerator.print(report(evaluations, held_out) if evaluations else "")
 

@@ -273,7 +273,7 @@ def text_statistics(responses, eos_token_ids) -> dict[str, float]:
 def evaluate(args, accelerator, policy, reference, tokenizer, rows, scorers) -> tuple[dict, list[dict]]:
     """(means, results) of a response a row, from the same random numbers each time and on every process."""
     uniforms, results = torch.rand(len(rows), args.max_new_tokens, generator=random_stream(args.seed, 1)), []
-    for i in range(0, len(rows), size := args.micro_batch_size * args.k // accelerator.num_processes):  # as in training
+    for i in range(0, len(rows), size := args.micro_batch_size * args.k // accelerator.num_processes):
         batch, numbers = rows[i:i + size], uniforms[i:i + size]
         inputs, ids, texts = sample_responses(args, accelerator, policy.model, tokenizer, batch, 1, numbers)
         kl = sequence_kl(policy(*inputs, args.temperature), reference(*inputs, args.temperature), inputs[3])
@@ -345,7 +345,7 @@ def main(args: Args) -> None:
         ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
     run_evaluation = lambda model: evaluate(args, accelerator, model, reference, tokenizer, held_out, scorers)
     evaluations = {"SFT": run_evaluation(reference)} if held_out else {}
-    if args.eval_only:
+    if args.eval_only or held_out and done >= args.total_steps:
         evaluations |= {"trained": run_evaluation(local_policy)} if args.resume else {}
         return accelerator.print(report(evaluations, held_out))
     output_dir = pathlib.Path(args.output_dir or f"runs/rloo__{args.seed}__{int(time.time())}")
@@ -405,6 +405,7 @@ def main(args: Args) -> None:
     except SystemExit as error:  # a scorer or a gradient failed: the weights after `done` steps are good, and kept
         path = output_dir / f"checkpoint-{done}"
         writer and save(path, model, tokenizer, optimizer, done, args)
+        "gradient" in f"{error}" and accelerator.wait_for_everyone()  # a process that stops takes the others with it
         sys.exit(f"{error}" + f"; once mended, --resume {path}" * path.exists())
     accelerator.print(report(evaluations, held_out) if evaluations else "")
 

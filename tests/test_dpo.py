@@ -88,15 +88,16 @@ def test_strings_are_used_as_they_are_and_hh_dialogues_split_at_the_last_turn():
 def test_bad_pairs_are_dropped_and_counted():
     data = [dict(prompt="a", chosen="b", rejected="c"), dict(prompt="a", chosen="b", rejected="b"),
             dict(prompt="a", chosen="", rejected="c"), dict(prompt="a" * 50, chosen="b", rejected="c")]
+    said = lambda text: [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}]
+    data += [dict(chosen=said("b"), rejected=said("b")), dict(chosen=said("b"), rejected=said(None)), dict(chosen=said("b"), rejected=said("b")[:1])]
     rows, dropped = dpo.encode_pairs(dpo.Args(dataset="x", max_length=20), byte_tokenizer(), data)
-    assert len(rows) == 1 and dropped == 3
+    assert len(rows) == 1 and dropped == 6
 
 
 # ---- log-probabilities
 
 class Here:  # what pair_logps asks of an accelerator
     device = torch.device("cpu")
-    autocast = staticmethod(lambda: torch.autocast("cpu", enabled=False))
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -209,6 +210,11 @@ def test_built_in_pairs_are_best_and_worst(tiny_flags, flags, tmp_path, monkeypa
     assert {str(row["prompt"]) for row in train}.isdisjoint(str(row["prompt"]) for row in held_out)
 
 
+def test_a_finished_run_that_is_resumed_shows_its_table(finished, capsys):
+    run_script(dpo, "--resume", finished / "final", "--output-dir", finished)
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("trained")]) == 2 + 3
+
+
 def test_eval_only(finished, capsys):
     run_script(dpo, "--resume", finished / "final", "--eval-only")
     shown = capsys.readouterr().out
@@ -221,6 +227,7 @@ def test_eval_only(finished, capsys):
     (["--prompts-per-step", 7], "--micro-batch-size 2: must divide --prompts-per-step"),
     (["--dataset", "nowhere.jsonl"], "--dataset nowhere.jsonl"),
     (["--max-length", 5], "--dataset: only 0 pairs fit --max-length"),
+    (["--prompts-per-step", 32], "--dataset: only 40 pairs"),
     (["--reward", "some/model"], "--reward some/model: cannot be loaded as path/file.py:function"),
     (["--k", 1], "--k 1: must be 2 or more"),
     (["--resume", "."], "no checkpoint of dpo.py"),
@@ -233,6 +240,6 @@ def test_bad_input(flags, bad, said):
 def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(finished, flags, tmp_path, monkeypatch):
     calls, real = [], torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *x: calls.append(1) or real(*x) * (float("nan") if len(calls) > 3 else 1))
-    with pytest.raises(SystemExit, match="lower --learning-rate, --resume checkpoint-3"):
+    with pytest.raises(SystemExit, match="lower --learning-rate; --resume .*checkpoint-3"):
         run_script(dpo, *flags, "--output-dir", tmp_path / "o")
     assert same(tmp_path / "o/checkpoint-3", finished / "checkpoint-3")

@@ -167,7 +167,7 @@ def one_update(tiny_flags, tmp_path_factory):
     """A step of one update: where the new policy is the old one still."""
     def go(*flags):
         out = tmp_path_factory.mktemp("ppo") / "o"
-        run_script(ppo, *tiny_flags, "--kl-coef", 0.5, "--epochs", 1, "--total-steps", 1, *flags, "--output-dir", out)
+        run_script(ppo, *tiny_flags, "--kl-coef", 0.5, "--epochs", 1, "--minibatches", 1, "--total-steps", 1, *flags, "--output-dir", out)
         return out
     return go, go()
 
@@ -200,7 +200,7 @@ def test_micro_batches_change_nothing(one_update, size):
 
 def test_two_processes_equal_one(one_update, tiny_flags, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(28400 + os.getpid() % 500),
-               ppo.__file__, *map(str, tiny_flags), "--kl-coef", "0.5", "--epochs", "1", "--total-steps", "1", "--output-dir", str(tmp_path / "o")]
+               ppo.__file__, *map(str, tiny_flags), "--kl-coef", "0.5", "--epochs", "1", "--minibatches", "1", "--total-steps", "1", "--output-dir", str(tmp_path / "o")]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     assert result.returncode == 0, result.stderr[-3000:]
     expected = gradient(one_update[1])
