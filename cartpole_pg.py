@@ -143,7 +143,7 @@ def discounted_returns(rewards, gamma) -> torch.Tensor:
 def gae_of_episodes(rewards, values, terminated, mask, gamma, lam) -> torch.Tensor:
     """(N, T), (N, T + 1), 2 x (N, T) -> (N, T): A_t = delta_t + gamma * lam * A_{t+1}, 0 after an episode's end, with
     delta_t = r_t + gamma * V(s_{t+1}) - V(s_t). A fallen pole is worth 0 from then on: V(s_{t+1}) = 0 if terminated;
-    one that still stands at step 500 (truncated) is worth V(s_{t+1}). Schulman et al. 2016, arXiv 1506.02438, eq. 16."""
+    one that still stands at step 500 (truncated) is worth V(s_{t+1}). Schulman et al. 2016, arXiv 1506.02438."""
     next_values = values[:, 1:] * ~terminated
     deltas = (rewards + gamma * next_values - values[:, :-1]) * mask
     return discounted_returns(deltas, gamma * lam)  # the same recursion
@@ -163,7 +163,7 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, clip) -> torch.Tenso
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 def clipped_value_loss(values, old_values, returns, clip) -> torch.Tensor:
-    """3 x (M,) -> scalar: 0.5 mean max((V - G)^2, (V_clip - G)^2), V_clip being V within clip of V_old. As in CleanRL."""
+    """3 x (M,) -> scalar: 0.5 mean max((V - G)^2, (V_clip - G)^2), V_clip: V within clip of V_old. As in CleanRL."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2).mean()
 
