@@ -13,8 +13,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cartpole_pg
 from cartpole_pg import (
-    MAX_STEPS, Agent, Args, action_logprobs, clipped_policy_loss, clipped_value_loss, discounted_returns, evaluate_greedy,
-    gae_of_episodes, learn_ppo, learn_reinforce, normalise, policy_gradient_loss, random_stream, ratio_statistics, sample_episodes)
+    MAX_STEPS,
+    Agent,
+    Args,
+    action_logprobs,
+    baseline_advantages,
+    clipped_policy_loss,
+    clipped_value_loss,
+    discounted_returns,
+    evaluate_greedy,
+    gae_of_episodes,
+    learn_ppo,
+    learn_reinforce,
+    normalise,
+    policy_gradient_loss,
+    random_stream,
+    ratio_statistics,
+    sample_episodes,
+)
 
 ROOT = Path(__file__).parent.parent
 bools = lambda *rows: torch.tensor(rows).bool()
@@ -69,6 +85,15 @@ def test_gae_ignores_what_follows_the_end():
         assert torch.equal(a[:, :2], gae_of_episodes(rewards[:, :2], torch.tensor([[2.0, 3, 4]]), terminated[:, :2], mask[:, :2], 0.9, 0.8))
 
 
+def test_baseline_advantages_golden():
+    returns, mask = torch.tensor([[3.0, 2, 1], [1, 0, 0]]), bools([1, 1, 1], [1, 0, 0])
+    # less the column means 2, 1, 0.5:  1, 1, 0.5 and -1 on real steps, root mean square sqrt(3.25 / 4); and 0.001
+    expected = torch.tensor([[1, 1, 0.5], [-1, -1, -0.5]]) / ((3.25 / 4) ** 0.5 + 1e-3)
+    assert torch.allclose(baseline_advantages(returns, mask), expected)
+    same = discounted_returns(torch.ones(5, 500), 0.99)  # all reach step 500: nothing is better or worse
+    assert baseline_advantages(same, torch.ones(5, 500).bool()).abs().max() < 1e-2
+
+
 def test_normalise_golden_and_of_one_value():
     assert normalise(torch.tensor([1.0, 3])).tolist() == pytest.approx([-1, 1])  # biased: the standard deviation is 1
     assert normalise(torch.tensor([5.0])).tolist() == [0]
@@ -87,9 +112,9 @@ def test_expected_gradient_is_that_of_the_exact_objective():
     logits, rewards = torch.tensor([[0.3, -0.5]], dtype=torch.float64, requires_grad=True), torch.tensor([2.0, 7.0]).double()
     exact = torch.autograd.grad(-(logits.softmax(1)[0] @ rewards), logits)[0]
     for baseline in (0.0, 4.0):
-        for loss in (policy_gradient_loss, lambda l, a: clipped_policy_loss(l, l.detach(), a, 0.2)):
+        for loss in (policy_gradient_loss, lambda x, a: clipped_policy_loss(x, x.detach(), a, 0.2)):
             logprobs = [action_logprobs(logits, torch.tensor([a]))[0] for a in (0, 1)]
-            expected = sum(l.detach().exp()[0] * loss(l, rewards[a:a + 1] - baseline) for a, l in enumerate(logprobs))
+            expected = sum(x.detach().exp()[0] * loss(x, rewards[a:a + 1] - baseline) for a, x in enumerate(logprobs))
             assert torch.allclose(torch.autograd.grad(expected, logits)[0], exact)
 
 
@@ -159,7 +184,7 @@ def test_rewards_sum_to_the_return_exactly_as_gymnasium_counts_it_and_as_a_singl
     envs.step = watched
     observations, actions, rewards, terminated, mask = play(envs=envs)
     returns, lengths = rewards.sum(1), mask.sum(1)
-    assert [counted[i] for i in range(6)] == [(r.item(), l.item()) for r, l in zip(returns, lengths)]
+    assert [counted[i] for i in range(6)] == list(zip(returns.tolist(), lengths.tolist()))
     assert torch.equal(rewards, mask.float()) and observations.shape == (6, lengths.max() + 1, 4)
     for row in range(6):
         env = gymnasium.make("CartPole-v1")
@@ -393,7 +418,7 @@ def test_a_solved_run_stops_keeps_the_weights_that_did_it_and_resumes_to_its_tab
 
 def test_bad_input_is_one_line_that_names_the_flag(finished, tmp_path, monkeypatch):
     for flags, said in [
-            (["--num-envs", 0], "--num-envs 0: must be 1 or more"), (["--gamma", 1.1], "--gamma 1.1: must be 1 or less"),
+            (["--num-envs", 1], "--num-envs 1: must be 2 or more"), (["--gamma", 1.1], "--gamma 1.1: must be 1 or less"),
             (["--lam", -1], "--lam -1"), (["--epochs", 0], "--epochs 0"), (["--eval-episodes", 0], "--eval-episodes 0"),
             (["--resume", tmp_path / "none.pt"], "no checkpoint of cartpole_pg.py"),
             (["--output-dir", finished[0]], "in use"),
