@@ -5,7 +5,7 @@
 """REINFORCE and PPO on CartPole: the algorithms of reinforce.py and ppo.py where a run takes seconds.
 
 A cart balances a pole: state s (4 numbers), action a (push left or right), reward 1 a step until the pole falls
-(terminated) or 500 steps are over (truncated). For each step sample an episode in each environment, then:
+(terminated) or 500 steps are over (truncated). A step of training samples an episode in each environment, then:
     REINFORCE   G_t  = r_t + gamma * G_{t+1}                  return to go; after step 500 nothing counts
                 A_t  = (G_t - b_t) / s                        baseline b_t: mean G_t of the episodes; s: their spread
                 loss = - mean of A_t * log pi(a_t | s_t)      one update
@@ -16,12 +16,13 @@ A cart balances a pole: state s (4 numbers), action a (push left or right), rewa
                        a few updates, always on the stored actions
 Both subtract entropy_coef * entropy. Williams 1992; Schulman et al. 2016, 2017, arXiv 1506.02438 and 1707.06347.
 
-    python cartpole_pg.py --algo reinforce                     # solved in seconds on one core (see the README)
+    python cartpole_pg.py --algo reinforce
     python cartpole_pg.py --algo ppo --seed 2 --capture-video
-    python cartpole_pg.py --resume runs/cartpole_pg__1__1767225600/checkpoint-10
+    python cartpole_pg.py --resume runs/cartpole_pg__1__1767225600/checkpoint-10.pt
 
+The default run trains for about 3 s on one core (reinforce: 2 s) and solved all of 40 seeds; see the README.
 An episode is here what a response is to a language model: rows of N episodes, right-padded to T steps, with a mask.
-So environments that are done wait for the longest episode: a little simulation is wasted, no state is carried over.
+What an environment does after its episode, until the longest one is over, is masked: wasted, but a step begins afresh.
 Left out on purpose: other environments, several processes, rollouts of a fixed length across episodes, target KL.
 """
 import importlib.util
@@ -65,7 +66,7 @@ class Args:
     seed: int = 1  # of weights, start states, actions and minibatches
 MINIMUM = {"num_envs": 2, "total_steps": 1, "learning_rate": 0, "gamma": 0, "entropy_coef": 0, "lam": 0, "epochs": 1,
            "minibatches": 1, "clip": 0, "value_clip": 0, "vf_coef": 0, "hidden": 1, "eval_episodes": 1, "save_every": 1}
-MAX_STEPS = gymnasium.spec("CartPole-v1").max_episode_steps  # 500
+MAX_STEPS, SOLVED = 500, 475  # of CartPole-v1: the longest episode; the mean return over 100 that counts as solved
 
 def parse_flags() -> Args:
     """The flags, checked before anything runs; with --resume, the checkpoint's are the defaults."""
@@ -188,7 +189,7 @@ def update(args, agent, optimizer, loss) -> torch.Tensor:
     loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     if not math.isfinite(grad_norm):
-        sys.exit(f"loss {loss.item()}, gradient norm {grad_norm.item()}; lower --learning-rate")
+        sys.exit(f"loss {loss.item()}, gradient norm {grad_norm.item()}; lower --learning-rate, or --resume")
     optimizer.step()
     return grad_norm
 
@@ -278,23 +279,24 @@ def main(args: Args) -> None:
     output_dir = Path(args.output_dir or f"runs/cartpole_pg__{args.seed}__{int(time.time())}")
     writer = SummaryWriter(output_dir, purge_step=env_steps + 1)
     writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in asdict(args).items()))
-    solved = lambda: len(recent) == 100 and sum(recent) / 100 >= args.stop_at
+    reached = lambda level: len(recent) == 100 and sum(recent) / 100 >= level
     state = lambda: dict(done=done, env_steps=env_steps, recent=recent)
     start, progress = time.time(), tqdm(total=args.total_steps, initial=done)
-    while done < args.total_steps and not solved():
+    while done < args.total_steps and not reached(args.stop_at):
         begin, decay = time.time(), 1 - done / args.total_steps
         optimizer.param_groups[0]["lr"] = lr = args.learning_rate * decay
         uniforms = torch.rand(MAX_STEPS, args.num_envs, generator=random_stream(args.seed, 1, done))
         batch = sample_episodes(envs, agent.policy, uniforms, random_stream(args.seed, 2, done).initial_seed())
-        returns, lengths = batch[2].sum(1), batch[4].sum(1).float()
+        _, _, rewards, _, mask = batch
+        returns, lengths = rewards.sum(1), mask.sum(1).float()
         recent = (recent + returns.tolist())[-100:]
         metrics = {"charts/episodic_return": returns.mean(), "charts/episodic_length": lengths.mean(),
                    "charts/last_100": sum(recent) / len(recent), "charts/learning_rate": lr}
-        if not solved():  # else these weights have done it, and stay
+        if not reached(args.stop_at):  # else these weights have done it, and stay
             metrics |= learn_reinforce(args, agent, optimizer, batch) if args.algo == "reinforce" else \
                 learn_ppo(args, agent, optimizer, batch, done)
-        done, env_steps = done + 1, env_steps + batch[4].numel()  # waiting for the longest episode included
-        metrics["charts/SPS"] = batch[4].numel() / (time.time() - begin)
+        done, env_steps = done + 1, env_steps + mask.numel()  # waiting for the longest episode included
+        metrics["charts/SPS"] = mask.numel() / (time.time() - begin)
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, env_steps)
         writer.flush()  # its thread would lose the last ones at exit
@@ -304,7 +306,7 @@ def main(args: Args) -> None:
             save_agent(output_dir / f"checkpoint-{done}.pt", agent, optimizer, args, **state())
     progress.close()
     save_agent(output_dir / "final.pt", agent, optimizer, args, **state())
-    print(f"{'solved' if solved() else 'NOT solved'} after {done} steps, {env_steps:,} environment steps; "
+    print(f"{'solved' if reached(SOLVED) else 'NOT solved'} after {done} steps, {env_steps:,} environment steps; "
           f"{time.time() - start:.1f} s")
     greedy = evaluate_greedy(args, agent)
     print(table({"training, the last": torch.tensor(recent), "greedy": greedy}))

@@ -403,16 +403,16 @@ def test_resume_from_any_step_is_bit_exact(finished, tmp_path, step):
         assert same(finished[0] / f"checkpoint-{n}.pt", tmp_path / f"checkpoint-{n}.pt")
 
 
-def test_a_solved_run_stops_keeps_the_weights_that_did_it_and_resumes_to_its_table(tmp_path, capsys):
+def test_a_run_that_reaches_stop_at_keeps_the_weights_that_did_it_and_resumes_to_its_table(tmp_path, capsys):
     flags = ["--algo", "reinforce", "--num-envs", 50, "--hidden", 16, "--eval-episodes", 5, "--save-every", 1, "--total-steps", 9]
     run(*flags, "--stop-at", 1, "--output-dir", tmp_path / "a")  # two batches make a hundred episodes
     first = capsys.readouterr().out.splitlines()
-    assert first[0].startswith("solved after 2 steps")
+    assert first[0].startswith("NOT solved after 2 steps")
     one, final = state(tmp_path / "a/checkpoint-1.pt"), state(tmp_path / "a/final.pt")
     assert all(torch.equal(one["agent"][n], w) for n, w in final["agent"].items()) and len(final["recent"]) == 100
     run("--resume", tmp_path / "a/final.pt")
     again = capsys.readouterr().out.splitlines()
-    assert again[0].startswith("solved after 2 steps") and again[1:] == first[1:]
+    assert again[0].startswith("NOT solved after 2 steps") and again[1:] == first[1:]
     assert state(tmp_path / "a/final.pt")["done"] == 2
 
 
