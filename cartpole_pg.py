@@ -49,7 +49,7 @@ class Args:
     stop_at: float = 490  # stop when the last 100 training episodes have this mean return (475: solved; 501: never)
     learning_rate: float = 0.01  # of Adam at the first step; then linear to 0 at the last
     gamma: float = 0.99  # discount of the reward, a step
-    entropy_coef: float = 0.01  # weight of the entropy in the loss
+    entropy_coef: float = 0.02  # weight of the entropy in the loss
     max_grad_norm: float = 0.5  # a larger gradient is scaled down to this norm
     lam: float = 0.98  # ppo: lambda of GAE; 1: the whole return, 0: only the next value
     epochs: int = 2  # ppo: passes over the batch
