@@ -403,7 +403,8 @@ def test_resume_from_any_step_is_bit_exact(finished, tmp_path, step):
         assert same(finished[0] / f"checkpoint-{n}.pt", tmp_path / f"checkpoint-{n}.pt")
 
 
-def test_a_run_that_reaches_stop_at_keeps_the_weights_that_did_it_and_resumes_to_its_table(tmp_path, capsys):
+def test_a_run_that_reaches_stop_at_keeps_the_weights_that_did_it_and_resumes_to_its_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cartpole_pg, "evaluate_greedy", lambda *x: torch.ones(5) * (2 + x[-1]))
     flags = ["--algo", "reinforce", "--num-envs", 50, "--hidden", 16, "--eval-episodes", 5, "--save-every", 1, "--total-steps", 9]
     run(*flags, "--stop-at", 1, "--output-dir", tmp_path / "a")  # two batches make a hundred episodes
     first = capsys.readouterr().out.splitlines()
@@ -414,6 +415,8 @@ def test_a_run_that_reaches_stop_at_keeps_the_weights_that_did_it_and_resumes_to
     again = capsys.readouterr().out.splitlines()
     assert again[0].startswith("NOT solved after 2 steps") and again[1:] == first[1:]
     assert state(tmp_path / "a/final.pt")["done"] == 2
+    run(*flags, "--stop-at", 7, "--output-dir", tmp_path / "b")  # the training episodes are that good, the greedy ones not
+    assert capsys.readouterr().out.startswith("NOT solved after 9 steps")
 
 
 def test_bad_input_is_one_line_that_names_the_flag(finished, tmp_path, monkeypatch):
@@ -478,4 +481,4 @@ def test_it_solves_cartpole(algo, tmp_path):
     args = Args(seed=77)
     agent = Agent(args.hidden)
     agent.load_state_dict(final["agent"])
-    assert evaluate_greedy(args, agent).mean() >= 490
+    assert evaluate_greedy(args, agent, 6).mean() >= 490
