@@ -46,7 +46,7 @@ class Args:
     algo: Literal["reinforce", "ppo"] = "ppo"  # the algorithm
     num_envs: int = 32  # environments, and so episodes a step
     total_steps: int = 100  # steps at most; in each, sample a batch of episodes and learn from it
-    stop_at: float = 490  # stop when the last 100 training episodes, and as many greedy ones, average this; 501: never
+    stop_at: float = 490  # stop when the last 100 training episodes and --eval-episodes greedy ones average this
     learning_rate: float = 0.01  # of Adam at the first step; then linear to 0 at the last
     gamma: float = 0.99  # discount of the reward, a step
     entropy_coef: float = 0.01  # weight of the entropy in the loss
