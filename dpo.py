@@ -13,7 +13,7 @@ For a prompt x with a chosen answer w and a rejected one l, log pi(y) being the 
 Rafailov et al. 2023, arXiv 2305.18290; other losses: see dpo_loss. Both answers share one pass over their prompt.
     accelerate launch dpo.py                                 # SmolLM2's own best and worst answers by VADER; offline
     accelerate launch dpo.py --dataset pairs.jsonl --eval-dataset test.jsonl --chat --max-length 1024 --epochs 1
-Left out on purpose: LoRA, packing, an SFT term, sampling new pairs while training.
+Left out on purpose: LoRA, an SFT term, sampling new pairs while training.
 """
 import copy, ctypes, dataclasses, importlib.util, math, os, pathlib, runpy, shutil, sys, time, traceback, typing
 import accelerate, torch, torch.utils.tensorboard, transformers, tyro
@@ -169,92 +169,92 @@ def make_judge(flag, spec):
         return scores
     return score
 
-class SampleCache(transformers.DynamicCache):  # in the precision of attention: rotary embeddings make keys fp32
-    def update(self, keys, values, *args, **kwargs):
-        return super().update(keys.to(values.dtype), values, *args, **kwargs)
+def packed_attention(module, query, key, value, attention_mask, lengths=None, **options):
+    """(1, heads, T, D) x 3 of texts in a row, without padding: an answer reads itself and its prompt, which runs once.
+    lengths: a list for each prompt, its own length and those of its answers. The rest is the model's own attention."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward  # on CPU sdpa trains slowly
+    attend = transformers.AttentionInterface()["sdpa"] if query.is_cuda else eager
+    if lengths is None:  # not packed: as ever
+        return attend(module, query, key, value, attention_mask, **options)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # of autocast: rotary embeddings make them fp32
+    sizes, outputs = [n for p, first, *others in lengths for n in (p + first, *others)], []
+    parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
+    for p, *answers in lengths:
+        for i, (q, k, v) in zip(range(len(answers)), parts):
+            if i == 0:  # the first answer runs with the prompt
+                prompt_k, prompt_v = k[:, :, :p], v[:, :, :p]
+            else:
+                k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
+            position = torch.arange(k.shape[2], device=k.device)
+            distance = position[-q.shape[2]:, None] - position
+            unseen = (distance < 0) | (distance >= (options.get("sliding_window") or math.inf))
+            mask = torch.zeros_like(unseen, dtype=q.dtype).masked_fill(unseen, -math.inf)
+            outputs.append(attend(module, q, k, v, mask, **options)[0])
+    return torch.cat(outputs, 1), None
+transformers.AttentionInterface.register("packed", packed_attention)
+transformers.AttentionMaskInterface.register("packed", transformers.masking_utils.eager_mask)
 
-def encode_prompts(model, prompt_ids, prompt_mask, k, cache_class=transformers.DynamicCache):
-    """Each prompt once, for k responses: KV cache, last logits (B·k, 1, V), mask (B·k, P), length (B·k, 1)."""
-    cache, positions = cache_class(config=model.config), (prompt_mask.cumsum(1) - 1).clamp(min=0)  # left padding
-    options = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits = model(prompt_ids, attention_mask=prompt_mask, position_ids=positions, **options).logits[:, -1:]
-    cache.batch_repeat_interleave(k)  # rows of one prompt are neighbours
-    mask = prompt_mask.repeat_interleave(k, 0)
-    return cache, logits.repeat_interleave(k, 0), mask, mask.sum(1, keepdim=True)
+def pack(groups, device) -> tuple:
+    """Groups of a prompt and its answers, as lists of token ids -> ids (1, T), positions (1, T), lengths; T in all."""
+    ids = [token for group in groups for text in group for token in text]
+    starts = [(text, len(group[0]) if i else 0) for group in groups for i, text in enumerate(group)]
+    positions = [start + i for text, start in starts for i in range(len(text))]
+    return *torch.tensor([[ids], [positions]], device=device), [[len(text) for text in group] for group in groups]
 
-@torch.no_grad()
-def generate(model, prompt_ids, prompt_mask, k, uniforms, temperature, eos_token_id) -> torch.Tensor:
-    """Sample k responses a prompt from the full distribution: response_ids (B·k, R), right-padded with any id.
-    uniforms (B·k, max_new_tokens) in [0, 1) is all the randomness: each picks one token by the inverse of the CDF."""
-    response_ids = prompt_ids.new_zeros(uniforms.shape)
-    cache, logits, mask, position = encode_prompts(model, prompt_ids, prompt_mask, k, SampleCache)
-    rows = torch.arange(len(uniforms), device=prompt_ids.device)
-    for t in range(uniforms.shape[1]):
-        cdf = (logits[:, -1].float() / temperature).softmax(1).cumsum(1)
-        tokens = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
-        response_ids[rows, t] = tokens[:, 0]
-        going = ~torch.isin(tokens[:, 0], torch.as_tensor(eos_token_id, device=tokens.device))
-        if t + 1 == uniforms.shape[1] or not going.any():
-            break
-        if not going.all():  # finished rows leave the batch
-            rows, tokens, mask, position = rows[going], tokens[going], mask[going], position[going]
-            cache.batch_select_indices(going.nonzero()[:, 0])
-        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-        logits = model(tokens, attention_mask=mask, position_ids=position + t, past_key_values=cache).logits
-    return response_ids[:, :t + 1]
-
-class ResponseLogprobs(torch.nn.Module):
-    """log pi of each token of k responses a prompt, which is run once: gradients reach it through its KV cache."""
+class AnswerLogps(torch.nn.Module):
+    """log pi of each answer, summed over its tokens; answers to one prompt share a pass over it."""
     def __init__(self, model):
         super().__init__()
         self.model = model
-    def forward(self, prompt_ids, prompt_mask, response_ids, response_mask, temperature) -> torch.Tensor:
-        """(B, P), (B, P), (B·k, R), (B·k, R) -> logprobs (B·k, R), 0 where response_mask is 0."""
-        k = len(response_ids) // len(prompt_ids)
-        cache, logits, mask, position = encode_prompts(self.model, prompt_ids, prompt_mask, k)
-        if response_ids.shape[1] > 1:  # the last token is predicted, never an input
-            mask = torch.cat([mask, response_mask[:, :-1]], 1)
-            position = position + torch.arange(response_ids.shape[1] - 1, device=position.device)
-            rest = self.model(response_ids[:, :-1], attention_mask=mask, position_ids=position, past_key_values=cache)
-            logits = torch.cat([logits, rest.logits], 1)  # (B·k, R, V): logits[:, t] predicts response_ids[:, t]
-        real = response_mask.bool()
-        logits = logits[real].float() / temperature  # fp32 from here on
-        logprobs = -torch.nn.functional.cross_entropy(logits, response_ids[real], reduction="none")
-        return torch.zeros(real.shape, device=real.device).masked_scatter(real, logprobs)
-
-def sample_responses(args, accelerator, model, tokenizer, rows, k, uniforms):
-    """k responses a row: ((prompt_ids, prompt_mask, response_ids, response_mask), token ids as lists, texts)."""
-    eos_token_id, device = model.generation_config.eos_token_id, accelerator.device
-    ids = {"input_ids": [row["ids"] for row in rows]}
-    prompt_ids, prompt_mask = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device).values()
-    with accelerator.autocast():
-        response_ids = generate(model, prompt_ids, prompt_mask, k, uniforms.to(device), args.temperature, eos_token_id)
-    response_mask = completion_mask(response_ids, eos_token_id)
-    responses = [row[:length].tolist() for row, length in zip(response_ids, response_mask.sum(1))]
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return (prompt_ids, prompt_mask, response_ids, response_mask), responses, texts
-
-def completion_mask(response_ids, eos_token_id) -> torch.Tensor:
-    """(N, R) -> (N, R): 1 up to the first EOS (one id or several) and on it, 0 after; the padding may be EOS too."""
-    is_eos = torch.isin(response_ids, torch.as_tensor(eos_token_id, device=response_ids.device)).long()
-    return (is_eos.cumsum(1) - is_eos == 0).long()
+        model._supports_attention_backend or sys.exit(
+            f"--model: {type(model).__name__} does not let its attention be replaced; use Llama, Qwen, Gemma, ...")
+        model.set_attn_implementation("packed")
+    def forward(self, ids, positions, lengths, temperature) -> torch.Tensor:
+        """A batch of `pack` with N answers -> (N,)."""
+        end, inputs, targets = 0, [], []  # an answer's first token is predicted by the prompt's last
+        for p, *answers in lengths:
+            prompt_end = end = end + p
+            for n in answers:
+                inputs += [prompt_end - 1, *range(end, end + n - 1)]
+                targets += range(end, end := end + n)
+        keep = torch.tensor(inputs, device=ids.device)
+        output = self.model(ids, position_ids=positions, lengths=lengths, logits_to_keep=keep, use_cache=False)
+        logits = output.logits[0].float() / temperature  # fp32 from here on
+        logprobs = -torch.nn.functional.cross_entropy(logits, ids[0, targets], reduction="none")
+        return torch.stack([x.sum() for x in logprobs.split([n for _, *answers in lengths for n in answers])])
 
 @torch.no_grad()
-def best_and_worst(args, accelerator, model, tokenizer, rows, score) -> list[dict]:
+def sample_answers(args, accelerator, model, tokenizer, rows, k, *key) -> list[list[int]]:
+    """k answers a row, as token ids with the EOS. `key` fixes the random numbers, on every process the same."""
+    def draw(_, logits):  # from the full distribution, by its CDF: generate()'s way takes a CPU as long as the model
+        cdf = (logits.float() / args.temperature).softmax(1).cumsum(1)
+        tokens = torch.searchsorted(cdf, torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:], right=True)
+        return torch.zeros_like(cdf).scatter_(1, tokens.clamp(max=cdf.shape[1] - 1), 1.0)  # it takes the largest
+    inputs = tokenizer.pad({"input_ids": [row["ids"] for row in rows]}, padding_side="left", return_tensors="pt")
+    ids, mask = inputs.to(accelerator.device).values()
+    options = {"do_sample": False, "logits_processor": [draw], "max_new_tokens": args.max_new_tokens}
+    torch.manual_seed(random_stream(*key).initial_seed())
+    with accelerator.autocast():
+        if k > 1:  # a prompt runs once for its k answers
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
+            cache = model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions).past_key_values
+            cache.batch_repeat_interleave(k)
+            ids, mask, options["past_key_values"] = ids.repeat_interleave(k, 0), mask.repeat_interleave(k, 0), cache
+        answers = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1]:].tolist()
+    eos = model.generation_config.eos_token_id
+    return [ids[:next((i for i, token in enumerate(ids, 1) if token in eos), None)] for ids in answers]
+
+def best_and_worst(args, accelerator, model, tokenizer, rows, judge) -> list[dict]:
     """The built-in pairs: of k answers by the policy, the one that scores best and the one that scores worst."""
-    numbers = torch.rand(len(rows), args.k, args.max_new_tokens, generator=random_stream(args.seed, 3, len(rows)))
     for i in accelerate.utils.tqdm(range(0, len(rows), 16), desc="sampling answers"):
-        batch, uniforms = rows[i:i + 16], numbers[i:i + 16].flatten(0, 1)
-        _, ids, texts = sample_responses(args, accelerator, model, tokenizer, batch, args.k, uniforms)
-        answers = list(zip(score([row for row in batch for _ in range(args.k)], texts), ids))
+        batch = rows[i:i + 16]
+        ids = sample_answers(args, accelerator, model, tokenizer, batch, args.k, args.seed, 3, len(rows), i)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        answers = list(zip(judge([row for row in batch for _ in range(args.k)], texts), ids))
         for j, row in enumerate(batch):
             own = answers[j * args.k:(j + 1) * args.k]
             (row["worst"], row["rejected"]), (row["best"], row["chosen"]) = min(own), max(own)
     return [row for row in rows if row["worst"] < row["best"]]
-
-def sequence_kl(logprobs, ref_logprobs, response_mask) -> torch.Tensor:
-    """3 x (N, R) -> (N,): sum_t log pi - log pi_ref, the k1 estimate of KL(pi || ref): unbiased, may be negative."""
-    return ((logprobs - ref_logprobs) * response_mask).sum(1)
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
              loss_type="sigmoid", label_smoothing=0.0, simpo_margin=0.0) -> tuple[torch.Tensor, ...]:
@@ -274,20 +274,20 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
         losses = (1 - margins).relu()
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
-def pair_logps(args, accelerator, model, tokenizer, rows) -> torch.Tensor:
+def pair_logps(args, accelerator, model, rows) -> torch.Tensor:
     """log pi of each row's chosen and rejected answer (B, 2): summed over the tokens, or their mean for simpo."""
-    pad = lambda ids, side: tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").values()
-    answers = [row[name] for row in rows for name in ("chosen", "rejected")]
-    inputs = [x.to(accelerator.device) for x in (*pad([row["ids"] for row in rows], "left"), *pad(answers, "right"))]
-    return (model(*inputs, 1.0).sum(1) / (inputs[3].sum(1) if args.loss_type == "simpo" else 1)).view(-1, 2)
+    groups = [(row["ids"], row["chosen"], row["rejected"]) for row in rows]
+    lengths = torch.tensor([[len(ids) for ids in answers] for _, *answers in groups], device=accelerator.device)
+    logps = model(*pack(groups, accelerator.device), 1.0).view(-1, 2)
+    return logps / lengths if args.loss_type == "simpo" else logps
 
 METRICS = ("loss", "accuracies", "margins", "chosen", "rejected", "logps_chosen", "logps_rejected")
-def pair_loss(args, accelerator, model, reference, tokenizer, rows) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_loss(args, accelerator, model, reference, rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows -> loss, METRICS (B, 7). The reference is not asked where the rows bring its answers, nor for simpo."""
-    logps = pair_logps(args, accelerator, model, tokenizer, rows)
+    logps = pair_logps(args, accelerator, model, rows)
     ref_logps = (torch.zeros_like(logps) if args.loss_type == "simpo" else
                  torch.tensor([row["ref_logps"] for row in rows], device=logps.device) if args.precompute_ref else
-                 pair_logps(args, accelerator, reference, tokenizer, rows))  # its weights ask for no gradient
+                 pair_logps(args, accelerator, reference, rows))  # its weights ask for no gradient
     options = args.beta, args.loss_type, args.label_smoothing, args.simpo_margin
     losses, chosen, rejected = dpo_loss(*logps.T, *ref_logps.T, *options)
     metrics = losses, (chosen > rejected).float(), chosen - rejected, chosen, rejected, *logps.T
@@ -303,16 +303,17 @@ def text_statistics(responses, eos_token_ids) -> dict[str, float]:
             "repetition": sum(1 - len(set(t)) / len(t) for t in trigrams if t) / len(responses)}
 
 @torch.no_grad()
-def evaluate(args, accelerator, policy, reference, tokenizer, rows, scorers) -> tuple[dict, list[dict]]:
-    """(means, results) of a response a row, from the same random numbers each time and on every process."""
-    uniforms, results = torch.rand(len(rows), args.max_new_tokens, generator=random_stream(args.seed, 1)), []
-    for i in range(0, len(rows), size := args.micro_batch_size * args.k // accelerator.num_processes):
-        batch, numbers = rows[i:i + size], uniforms[i:i + size]
-        inputs, ids, texts = sample_responses(args, accelerator, policy.model, tokenizer, batch, 1, numbers)
-        kl = sequence_kl(policy(*inputs, args.temperature), reference(*inputs, args.temperature), inputs[3])
-        columns = {n: score(batch, texts) for n, score in scorers.items()} | dict(kl=kl.tolist(), ids=ids, text=texts)
+def evaluate_policy(args, accelerator, policy, reference, tokenizer, rows, judge) -> tuple[dict, list[dict]]:
+    """(means, results) of an answer a row, from the same random numbers each time and on every process."""
+    results = []
+    for batch in (rows[i:i + 16] for i in range(0, len(rows), 16)):
+        ids = sample_answers(args, accelerator, policy.model, tokenizer, batch, 1, args.seed, 1, len(results))
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        inputs = pack([(row["ids"], answer) for row, answer in zip(batch, ids)], accelerator.device)
+        kl = policy(*inputs, args.temperature) - reference(*inputs, args.temperature)  # unbiased, may be negative
+        columns = dict(score=judge(batch, texts), kl=kl.tolist(), ids=ids, text=texts)
         results += [dict(zip(columns, values)) for values in zip(*columns.values())]
-    means = {name: sum(result[name] for result in results) / len(rows) for name in (*scorers, "kl")}
+    means = {name: sum(result[name] for result in results) / len(rows) for name in ("score", "kl")}
     means.update(text_statistics([result["ids"] for result in results], policy.model.generation_config.eos_token_id))
     return means, results
 
@@ -362,18 +363,17 @@ def main(args: Args) -> None:
         held_out, more = encode_pairs(args, tokenizer, data)
         dropped += more
     judge = make_judge("--reward", args.reward)
-    options = {"dtype": torch.float32, "attn_implementation": None if cuda else "eager"}  # on CPU sdpa trains slowly
-    model = load(transformers.AutoModelForCausalLM, args.model, **options).eval()  # eval: no dropout
+    model = load(transformers.AutoModelForCausalLM, args.model, dtype=torch.float32).eval()  # eval: no dropout
     eos = model.generation_config.eos_token_id  # chat models may have several
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     model.generation_config.update(eos_token_id=list(eos), do_sample=True)  # sampled: else saving rejects temperature
-    local_policy, done, evaluations, pairs = ResponseLogprobs(model), 0, {}, {}
+    local_policy, done, evaluations, pairs = AnswerLogps(model), 0, {}, {}
     policy = accelerator.prepare(local_policy)
     reference = copy.deepcopy(model).requires_grad_(False)
     for module in reference.modules():  # weights that autocast would cast are kept in bf16: the same numbers
         if bf16 and isinstance(module, torch.nn.Linear):
             module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
-    reference = accelerator.prepare_model(ResponseLogprobs(reference), evaluation_mode=True)
+    reference = accelerator.prepare_model(AnswerLogps(reference), evaluation_mode=True)
     if not args.dataset:
         sample = lambda rows: best_and_worst(args, accelerator, model, tokenizer, rows, judge)
         train, held_out = [] if args.eval_only else sample(train), held_out if args.eval_dataset else sample(held_out)
@@ -382,14 +382,14 @@ def main(args: Args) -> None:
         sys.exit(f"--dataset: only {len(rows)} pairs fit --max-length; --eval-prompts and a step need more")
     batches = lambda rows: [rows[i:i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
     for rows in batches(train + held_out) if args.precompute_ref and args.loss_type != "simpo" else ():
-        for row, ref_logps in zip(rows, pair_logps(args, accelerator, reference, tokenizer, rows).tolist()):
+        for row, ref_logps in zip(rows, pair_logps(args, accelerator, reference, rows).tolist()):
             row["ref_logps"] = ref_logps
     @torch.no_grad()
     def run_evaluation(title, model):
-        values = torch.cat([pair_loss(args, accelerator, model, reference, tokenizer, x)[1] for x in batches(held_out)])
+        values = torch.cat([pair_loss(args, accelerator, model, reference, x)[1] for x in batches(held_out)])
         pairs[title], prompts = (dict(zip(METRICS, values.mean(0).tolist())), None), held_out[:args.eval_prompts or 1]
         reference.to(device)
-        evaluations[title] = evaluate(args, accelerator, model, reference, tokenizer, prompts, {"score": judge})
+        evaluations[title] = evaluate_policy(args, accelerator, model, reference, tokenizer, prompts, judge)
         reference.to("cpu" if args.precompute_ref else device)  # until the next evaluation
         return report(pairs, []) + "\n\n" + report(evaluations, prompts)
     table = run_evaluation("SFT", reference) if held_out else ""
@@ -419,7 +419,7 @@ def main(args: Args) -> None:
         rows, metrics = [train[i] for i in torch.cat(order)[start + rank * size:start + (rank + 1) * size]], []
         for i in range(0, size, micro):
             with accelerator.accumulate(policy):
-                loss, values = pair_loss(args, accelerator, policy, reference, tokenizer, rows[i:i + micro])
+                loss, values = pair_loss(args, accelerator, policy, reference, rows[i:i + micro])
                 accelerator.backward(loss)
             metrics.append(values)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()

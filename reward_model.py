@@ -13,12 +13,11 @@ The score r of an answer is read at the EOS that ends it. Of a chosen answer w a
 A pair tells only differences; the second term keeps the scores around 0 (Eisenstein et al. 2023, arXiv 2312.09244).
 All pairs of a prompt stay in one batch, and an answer runs once for all of its pairs: k ranked answers give
 k(k-1)/2 pairs (Ouyang et al. 2022, InstructGPT, arXiv 2203.02155, section 3.5).
-
     accelerate launch reward_model.py                         # SmolLM2's own answers, ranked by VADER; offline
     accelerate launch reward_model.py --dataset pairs.jsonl --eval-dataset test.jsonl --chat --max-length 1024
     accelerate launch rloo.py --reward runs/reward_model__1__1767225600/final --eval-reward vader
 The default run: 9 to 11 minutes on two slow CPU cores, held-out accuracy .82 (one seed: see the README).
-The result is an ordinary AutoModelForSequenceClassification. Left out: LoRA, packing, data mixtures.
+The result is an ordinary AutoModelForSequenceClassification. Left out: LoRA, data mixtures.
 """
 import ctypes, dataclasses, importlib.util, itertools, math, os, pathlib, shutil, sys, time, typing
 import accelerate, torch, torch.utils.tensorboard, transformers, tyro
@@ -187,35 +186,59 @@ def sample_pairs(args, accelerator) -> list[dict]:
                           for a, b in itertools.permutations(gold, 2) if gold[a] >= gold[b] + 0.1]
     return accelerate.utils.gather_object(pairs)
 
+def packed_attention(module, query, key, value, attention_mask, lengths=None, **options):
+    """(1, heads, T, D) x 3 of texts in a row, without padding: an answer reads itself and its prompt, which runs once.
+    lengths: a list for each prompt, its own length and those of its answers. The rest is the model's own attention."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward  # on CPU sdpa trains slowly
+    attend = transformers.AttentionInterface()["sdpa"] if query.is_cuda else eager
+    if lengths is None:  # not packed: as ever
+        return attend(module, query, key, value, attention_mask, **options)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # of autocast: rotary embeddings make them fp32
+    sizes, outputs = [n for p, first, *others in lengths for n in (p + first, *others)], []
+    parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
+    for p, *answers in lengths:
+        for i, (q, k, v) in zip(range(len(answers)), parts):
+            if i == 0:  # the first answer runs with the prompt
+                prompt_k, prompt_v = k[:, :, :p], v[:, :, :p]
+            else:
+                k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
+            position = torch.arange(k.shape[2], device=k.device)
+            distance = position[-q.shape[2]:, None] - position
+            unseen = (distance < 0) | (distance >= (options.get("sliding_window") or math.inf))
+            mask = torch.zeros_like(unseen, dtype=q.dtype).masked_fill(unseen, -math.inf)
+            outputs.append(attend(module, q, k, v, mask, **options)[0])
+    return torch.cat(outputs, 1), None
+transformers.AttentionInterface.register("packed", packed_attention)
+transformers.AttentionMaskInterface.register("packed", transformers.masking_utils.eager_mask)
+
+def pack(groups, device) -> tuple:
+    """Groups of a prompt and its answers, as lists of token ids -> ids (1, T), positions (1, T), lengths; T in all."""
+    ids = [token for group in groups for text in group for token in text]
+    starts = [(text, len(group[0]) if i else 0) for group in groups for i, text in enumerate(group)]
+    positions = [start + i for text, start in starts for i in range(len(text))]
+    return *torch.tensor([[ids], [positions]], device=device), [[len(text) for text in group] for group in groups]
+
 class AnswerLogits(torch.nn.Module):
     """A sequence classifier's logits at the last token of each answer; answers to one prompt share a pass over it."""
     def __init__(self, model):
         super().__init__()
         self.model = model
-    def forward(self, prompt_ids, prompt_mask, counts, response_ids, response_mask) -> torch.Tensor:
-        """(B, P) x 2, left-padded; answers a prompt (B,), N in all; (N, R) x 2, right-padded -> fp32 logits (N, K)."""
-        backbone, positions = self.model.base_model, (prompt_mask.cumsum(1) - 1).clamp(min=0)
-        cache = backbone(prompt_ids, attention_mask=prompt_mask, position_ids=positions, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(counts)  # rows of one prompt are neighbours
-        prompt_mask = prompt_mask.repeat_interleave(counts, 0)
-        mask = torch.cat([prompt_mask, response_mask], 1)
-        positions = mask.cumsum(1)[:, prompt_mask.shape[1]:] - 1
-        output = backbone(response_ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
-        last = response_mask.sum(1) - 1  # by index: neither the pad nor the EOS token tells where an answer ends
-        hidden = output.last_hidden_state[torch.arange(len(last), device=last.device), last]
+        model._supports_attention_backend or sys.exit(
+            f"--model: {type(model).__name__} does not let its attention be replaced; use Llama, Qwen, Gemma, ...")
+        model.set_attn_implementation("packed")
+    def forward(self, ids, positions, lengths) -> torch.Tensor:
+        """A batch of `pack` with N answers -> fp32 logits (N, K)."""
+        output = self.model.base_model(ids, position_ids=positions, lengths=lengths, use_cache=False)
+        answers = torch.tensor([i > 0 for group in lengths for i in range(len(group))])
+        last = torch.tensor(sum(lengths, [])).cumsum(0)[answers] - 1  # by index: no token says where an answer ends
+        hidden = output.last_hidden_state[0, last.to(ids.device)]
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 scores would have 8 bits
             return self.model.score(hidden.float())
 
-def collate(rows, tokenizer, device) -> list[torch.Tensor]:
+def collate(rows, device) -> tuple:
     """The inputs of AnswerLogits; a prompt is all the tokens that its answers begin with."""
     shared = [min(len(os.path.commonprefix(row["ids"])), *(len(ids) - 1 for ids in row["ids"])) for row in rows]
-    prompts = {"input_ids": [row["ids"][0][:n] for row, n in zip(rows, shared)]}
-    answers = {"input_ids": [ids[n:] for row, n in zip(rows, shared) for ids in row["ids"]]}
-    options = {"padding": "max_length", "max_length": max(1, *shared), "return_tensors": "pt"}
-    prompts = tokenizer.pad(prompts, padding_side="left", **options)
-    answers = tokenizer.pad(answers, padding_side="right", return_tensors="pt")
-    counts = torch.tensor([len(row["ids"]) for row in rows])
-    return [x.to(device) for x in (*prompts.values(), counts, *answers.values())]
+    return pack([[row["ids"][0][:n], *(ids[n:] for ids in row["ids"])] for row, n in zip(rows, shared)], device)
 
 def pair_indices(rows, device) -> tuple[torch.Tensor, ...]:
     """(chosen, rejected, margin), each (M,): the pairs of all rows, as indices into all their answers."""
@@ -261,7 +284,7 @@ def evaluate_pairs(args, accelerator, model, tokenizer, rows, judge) -> tuple[di
     """(means, the logits of each row's answers, P(w > l) of every pair), the same on every process."""
     with accelerator.autocast():
         batches = (rows[i:i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size))
-        logits = torch.cat([model(*collate(batch, tokenizer, accelerator.device)).cpu() for batch in batches])
+        logits = torch.cat([model(*collate(batch, accelerator.device)).cpu() for batch in batches])
     pairs = pair_indices(rows, "cpu")
     loss, scores, wins = judge(args, logits, pairs)
     means = {name: value.item() for name, value in pair_metrics(loss, scores, pairs).items()}
@@ -330,12 +353,10 @@ def main(args: Args) -> None:
                  f"--eval-prompts {args.eval_prompts} and --prompts-per-step {args.prompts_per_step} need more")
     if args.margin and not any(margin for row in train for *_, margin in row["pairs"]):
         sys.exit("--margin: the dataset has no columns chosen_rating and rejected_rating")
-    held_out.sort(key=lambda row: max(map(len, row["ids"])))  # less padding
     n_pairs = [sum(len(row["pairs"]) for row in part) for part in (train, held_out)]
     accelerator.print(f"{n_pairs[0]} training pairs of {len(train)} prompts, {n_pairs[1]} of {len(held_out)} held out, "
                       f"{dropped} dropped (empty, identical or over --max-length)")
-    options = {"dtype": torch.float32, "attn_implementation": None if cuda else "eager"}  # on CPU sdpa trains slowly
-    options.update(num_labels=1, output_loading_info=True)
+    options = dict(dtype=torch.float32, num_labels=1, output_loading_info=True)
     model, info = load(transformers.AutoModelForSequenceClassification, args.resume or args.model, **options)
     hasattr(model, "score") or sys.exit(f"--model {args.model}: no head `score`; use a decoder, as Llama or Qwen")
     config = model.config.get_text_config()
@@ -377,7 +398,7 @@ def main(args: Args) -> None:
         for i in range(rank * size, (rank + 1) * size, micro):
             batch, pairs = rows[i:i + micro], pair_indices(rows[i:i + micro], device)
             with accelerator.accumulate(ddp_model):
-                loss, scores, _ = bradley_terry(args, ddp_model(*collate(batch, tokenizer, device)), pairs)
+                loss, scores, _ = bradley_terry(args, ddp_model(*collate(batch, device)), pairs)
                 share = len(pairs[0]) * processes / total  # the mean is over the step's pairs
                 accelerator.backward(loss * share * accelerator.gradient_accumulation_steps)  # it divides by these
             values = pair_metrics(loss.detach(), scores.detach(), pairs)

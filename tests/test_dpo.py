@@ -10,14 +10,16 @@ import sys
 import textwrap
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from conftest import byte_tokenizer, run_script, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_math import plain_logprobs
+from test_math import left_pad, plain_logprobs
 
 import dpo
+import rloo
 
 ONE, ZERO = torch.ones(1), torch.zeros(1)
 LOSSES = ["sigmoid", "ipo", "hinge", "robust", "simpo"]
@@ -103,17 +105,36 @@ class Here:  # what pair_logps asks of an accelerator
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_prefix_shared_is_plain_and_so_is_the_gradient(make):
     model, tokenizer = make(), byte_tokenizer()
+    packed = make()
+    shared_model = dpo.AnswerLogps(packed)
     data = [dict(prompt="a longer prompt", chosen="yes", rejected="nonono"), dict(prompt="b", chosen="x", rejected="yy")]
     for loss_type in ("sigmoid", "simpo"):
         args = dpo.Args(dataset="x", loss_type=loss_type)
         rows, _ = dpo.encode_pairs(args, tokenizer, data)
-        shared = dpo.pair_logps(args, Here, dpo.ResponseLogprobs(model), tokenizer, rows)
+        shared = dpo.pair_logps(args, Here, shared_model, rows)
         reduce = torch.mean if loss_type == "simpo" else torch.sum
         plain = torch.stack([reduce(plain_logprobs(model, row["ids"], row[name])) for row in rows for name in ("chosen", "rejected")])
         assert torch.allclose(shared.flatten(), plain, atol=1e-5)
         weights = torch.tensor([1.0, -2, 3, -1])
-        a, b = (torch.autograd.grad((x.flatten() * weights).sum(), list(model.parameters())) for x in (shared, plain))
+        a, b = (torch.autograd.grad((x.flatten() * weights).sum(), list(m.parameters())) for x, m in ((shared, packed), (plain, model)))
         assert all((x - y).abs().max() < 1e-5 * max(1, x.abs().max()) for x, y in zip(a, b))
+
+
+def test_sampling_is_that_of_rloo_with_the_same_random_numbers():
+    """rloo.py's generate is tested against the exact distribution; prompts of different lengths, k of 1 and 3."""
+    tokenizer, rows = byte_tokenizer(), [dict(ids=[5, 9, 30, 7]), dict(ids=[8, 3])]
+    accelerator, args = accelerate.Accelerator(cpu=True), dpo.Args(max_new_tokens=12, temperature=1.3)
+    for make, k in ((tiny_llama, 1), (tiny_llama, 3), (tiny_gpt2, 3)):
+        plain, model = make(), make()
+        for m in (plain, model):
+            m.generation_config.eos_token_id = [1, *range(60, 90)]  # some end early
+        dpo.AnswerLogps(model)
+        answers = dpo.sample_answers(args, accelerator, model, tokenizer, rows, k, 7)
+        torch.manual_seed(dpo.random_stream(7).initial_seed())
+        uniforms = torch.cat([torch.rand(2 * k, 1) for _ in range(12)], 1)
+        ids = rloo.generate(plain, *left_pad([row["ids"] for row in rows]), k, uniforms, 1.3, plain.generation_config.eos_token_id)
+        lengths = rloo.completion_mask(ids, plain.generation_config.eos_token_id).sum(1)
+        assert answers == [row[:n].tolist() for row, n in zip(ids, lengths)] and len(set(lengths.tolist())) > 1
 
 
 # ---- runs

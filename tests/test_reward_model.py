@@ -1,5 +1,6 @@
 """The reward models: losses against hand-worked numbers, scores however they are batched, and a run as its user meets it."""
 import contextlib
+import copy
 import io
 import json
 import math
@@ -148,19 +149,20 @@ def plain_scores(model, tokenizer, rows, side):
 @pytest.mark.parametrize("labels", [1, 10])
 def test_prefix_shared_scores_are_the_plain_ones_and_so_is_the_gradient(make, labels):
     tokenizer = byte_tokenizer(pad_token="<|pad|>")
-    model, rows = classifier(make, labels), rows_of(GROUPS, tokenizer)
+    plain, rows = classifier(make, labels), rows_of(GROUPS, tokenizer)
+    model = copy.deepcopy(plain)
     shared = reward_model.AnswerLogits(model)
-    logits = shared(*reward_model.collate(rows, tokenizer, "cpu"))
+    logits = shared(*reward_model.collate(rows, "cpu"))
     for side in ("left", "right"):
-        assert torch.allclose(logits, plain_scores(model, tokenizer, rows, side), atol=1e-5)
-    alone = torch.cat([shared(*reward_model.collate([row], tokenizer, "cpu")) for row in rows])
+        assert torch.allclose(logits, plain_scores(plain, tokenizer, rows, side), atol=1e-5)
+    alone = torch.cat([shared(*reward_model.collate([row], "cpu")) for row in rows])
     assert torch.allclose(logits, alone, atol=1e-5)
     assert (logits[0] - logits[1]).abs().max() > 1e-3  # the answers are told apart
 
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
     ours = torch.autograd.grad((logits * weight).sum(), list(model.parameters()), allow_unused=True)
-    plain = torch.autograd.grad((plain_scores(model, tokenizer, rows, "right") * weight).sum(), list(model.parameters()), allow_unused=True)
-    for a, b in zip(ours, plain):
+    theirs = torch.autograd.grad((plain_scores(plain, tokenizer, rows, "right") * weight).sum(), list(plain.parameters()), allow_unused=True)
+    for a, b in zip(ours, theirs):
         assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-5 * (1 + b.abs().max())))
 
 
@@ -280,7 +282,7 @@ def test_plain_transformers_and_rloo_give_the_same_scores(finished):
     assert model.config.num_labels == LABELS[script] and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
     chats = [[{"role": "user", "content": "Word?"}, {"role": "assistant", "content": answer}] for answer in ("aei", "kstmkstm", "a")]
     rows = [{"ids": [script.encode_answer(tokenizer, "Word?", chat[1]["content"], True) for chat in chats], "pairs": []}]
-    ours = script.AnswerLogits(model)(*script.collate(rows, tokenizer, "cpu"))
+    ours = script.AnswerLogits(copy.deepcopy(model))(*script.collate(rows, "cpu"))
     for side in ("left", "right"):
         tokenizer.padding_side = side
         texts = tokenizer.apply_chat_template(chats, tokenize=False)
@@ -293,7 +295,7 @@ def test_plain_transformers_and_rloo_give_the_same_scores(finished):
     assert score([prompt] * 3, ["aei", "kstmkstm", "a"]) == pytest.approx(expected.tolist(), abs=1e-4)
     plain = {"prompt": "Word? ", "messages": None, "text": "Word? ", "columns": {}}
     rows = [{"ids": [script.encode_answer(tokenizer, "Word? ", answer, False) for answer in ("aei", "k")], "pairs": []}]
-    ours = script.AnswerLogits(model)(*script.collate(rows, tokenizer, "cpu"))
+    ours = script.AnswerLogits(copy.deepcopy(model))(*script.collate(rows, "cpu"))
     expected = ours[:, 0] if LABELS[script] == 1 else reward_model_ordinal.expected_score(ours)
     assert score([plain] * 2, ["aei", "k"]) == pytest.approx(expected.tolist(), abs=1e-4)
 
