@@ -7,7 +7,7 @@
 # ///
 """DPO: a language model learns from pairs of answers which one to give, without a reward model and without sampling.
 
-For a prompt x with a chosen answer w and a rejected one l, log pi(y) being the sum over the tokens of y, EOS included:
+For a prompt x with a chosen answer w and a rejected one l, log pi(y) being the sum over the tokens of y and the EOS:
     h    = [log pi(w) - log pi_ref(w)] - [log pi(l) - log pi_ref(l)]
     loss = - log sigmoid(beta h)                     as if beta [log pi(y) - log pi_ref(y)] were a reward model's score
 Rafailov et al. 2023, arXiv 2305.18290; other losses: see dpo_loss. Both answers share one pass over their prompt.
@@ -31,7 +31,7 @@ class Args:
     beta: float = 0.1  # how much the loss wants to leave the reference: little if large (simpo: try 2)
     label_smoothing: float = 0.0  # assumed share of wrong labels, under 0.5 (sigmoid, robust, simpo)
     simpo_margin: float = 0.5  # gamma of simpo
-    precompute_ref: bool = False  # ask the reference before training: a GPU then holds it in evaluations only
+    precompute_ref: bool = False  # ask the reference before training; then a GPU has it in evaluations only
     k: int = 8  # built-in pairs: answers that the policy samples a prompt, of which best and worst are a pair
     temperature: float = 1.0  # of sampling
     max_new_tokens: int = 24  # longest sampled answer, in tokens
@@ -173,66 +173,67 @@ def packed_attention(module, query, key, value, attention_mask, lengths=None, **
     """(1, heads, T, D) x 3 of texts in a row, without padding: an answer reads itself and its prompt, which runs once.
     lengths: a list for each prompt, its own length and those of its answers. The rest is the model's own attention."""
     eager = sys.modules[type(module).__module__].eager_attention_forward  # on CPU sdpa trains slowly
-    attend = transformers.AttentionInterface()["sdpa"] if query.is_cuda else eager
+    fast = query.is_cuda and options.get("softcap") is options.get("s_aux") is None  # sdpa has neither
+    attend = transformers.AttentionInterface()["sdpa"] if fast else eager
     if lengths is None:  # not packed: as ever
         return attend(module, query, key, value, attention_mask, **options)
     query, key = query.to(value.dtype), key.to(value.dtype)  # of autocast: rotary embeddings make them fp32
     sizes, outputs = [n for p, first, *others in lengths for n in (p + first, *others)], []
     parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
     for p, *answers in lengths:
-        for i, (q, k, v) in zip(range(len(answers)), parts):
+        for i, (q, k, v) in zip(range(len(answers)), parts):  # range first: zip must not take a part too many
             if i == 0:  # the first answer runs with the prompt
                 prompt_k, prompt_v = k[:, :, :p], v[:, :, :p]
             else:
                 k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
-            position = torch.arange(k.shape[2], device=k.device)
-            distance = position[-q.shape[2]:, None] - position
+            distance = (position := torch.arange(k.shape[2], device=k.device))[-q.shape[2]:, None] - position
             unseen = (distance < 0) | (distance >= (options.get("sliding_window") or math.inf))
-            mask = torch.zeros_like(unseen, dtype=q.dtype).masked_fill(unseen, -math.inf)
+            mask = torch.zeros_like(unseen, dtype=q.dtype).masked_fill(unseen, -math.inf)[None, None]
             outputs.append(attend(module, q, k, v, mask, **options)[0])
     return torch.cat(outputs, 1), None
 transformers.AttentionInterface.register("packed", packed_attention)
 transformers.AttentionMaskInterface.register("packed", transformers.masking_utils.eager_mask)
 
 def pack(groups, device) -> tuple:
-    """Groups of a prompt and its answers, as lists of token ids -> ids (1, T), positions (1, T), lengths; T in all."""
-    ids = [token for group in groups for text in group for token in text]
-    starts = [(text, len(group[0]) if i else 0) for group in groups for i, text in enumerate(group)]
-    positions = [start + i for text, start in starts for i in range(len(text))]
-    return *torch.tensor([[ids], [positions]], device=device), [[len(text) for text in group] for group in groups]
+    """Groups of token ids, a prompt and its answers -> ids (1, T) in a row, positions (1, T) in each text, lengths."""
+    ids = [token for group in groups for part in group for token in part]
+    starts = [(part, len(group[0]) if i else 0) for group in groups for i, part in enumerate(group)]
+    positions = [start + i for part, start in starts for i in range(len(part))]
+    return *torch.tensor([[ids], [positions]], device=device), [[len(part) for part in group] for group in groups]
 
 class AnswerLogps(torch.nn.Module):
     """log pi of each answer, summed over its tokens; answers to one prompt share a pass over it."""
     def __init__(self, model):
         super().__init__()
         self.model = model
-        model._supports_attention_backend or sys.exit(
-            f"--model: {type(model).__name__} does not let its attention be replaced; use Llama, Qwen, Gemma, ...")
+        layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+        model._supports_attention_backend and layers <= {"full_attention", "sliding_attention"} or sys.exit(
+            f"--model: {type(model).__name__} is not of attention that can be replaced; use Llama, Qwen, Gemma, ...")
         model.set_attn_implementation("packed")
     def forward(self, ids, positions, lengths, temperature) -> torch.Tensor:
-        """A batch of `pack` with N answers -> (N,)."""
+        """A batch of `pack` with N answers to prompts of a token or more -> (N,)."""
         end, inputs, targets = 0, [], []  # an answer's first token is predicted by the prompt's last
         for p, *answers in lengths:
             prompt_end = end = end + p
             for n in answers:
                 inputs += [prompt_end - 1, *range(end, end + n - 1)]
                 targets += range(end, end := end + n)
-        keep = torch.tensor(inputs, device=ids.device)
-        output = self.model(ids, position_ids=positions, lengths=lengths, logits_to_keep=keep, use_cache=False)
-        logits = output.logits[0].float() / temperature  # fp32 from here on
+        options = dict(attention_mask=ids.new_empty(1, 1, 0, 0), lengths=lengths)  # no mask: attention makes its own
+        options.update(logits_to_keep=torch.tensor(inputs, device=ids.device), use_cache=False)
+        logits = self.model(ids, position_ids=positions, **options).logits[0].float() / temperature  # fp32 from here on
         logprobs = -torch.nn.functional.cross_entropy(logits, ids[0, targets], reduction="none")
         return torch.stack([x.sum() for x in logprobs.split([n for _, *answers in lengths for n in answers])])
 
 @torch.no_grad()
 def sample_answers(args, accelerator, model, tokenizer, rows, k, *key) -> list[list[int]]:
-    """k answers a row, as token ids with the EOS. `key` fixes the random numbers, on every process the same."""
+    """k answers a row, row after row, as token ids up to the EOS. `key` fixes the random numbers, on every process."""
     def draw(_, logits):  # from the full distribution, by its CDF: generate()'s way takes a CPU as long as the model
         cdf = (logits.float() / args.temperature).softmax(1).cumsum(1)
         tokens = torch.searchsorted(cdf, torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:], right=True)
-        return torch.zeros_like(cdf).scatter_(1, tokens.clamp(max=cdf.shape[1] - 1), 1.0)  # it takes the largest
+        return torch.zeros_like(cdf).scatter_(1, tokens.clamp(max=cdf.shape[1] - 1), 1.0)  # greedy search takes it
     inputs = tokenizer.pad({"input_ids": [row["ids"] for row in rows]}, padding_side="left", return_tensors="pt")
     ids, mask = inputs.to(accelerator.device).values()
-    options = {"do_sample": False, "logits_processor": [draw], "max_new_tokens": args.max_new_tokens}
+    options = dict(do_sample=False, repetition_penalty=1.0, logits_processor=[draw], max_new_tokens=args.max_new_tokens)
     torch.manual_seed(random_stream(*key).initial_seed())
     with accelerator.autocast():
         if k > 1:  # a prompt runs once for its k answers
@@ -242,7 +243,7 @@ def sample_answers(args, accelerator, model, tokenizer, rows, k, *key) -> list[l
             ids, mask, options["past_key_values"] = ids.repeat_interleave(k, 0), mask.repeat_interleave(k, 0), cache
         answers = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1]:].tolist()
     eos = model.generation_config.eos_token_id
-    return [ids[:next((i for i, token in enumerate(ids, 1) if token in eos), None)] for ids in answers]
+    return [answer[:next((i for i, token in enumerate(answer, 1) if token in eos), None)] for answer in answers]
 
 def best_and_worst(args, accelerator, model, tokenizer, rows, judge) -> list[dict]:
     """The built-in pairs: of k answers by the policy, the one that scores best and the one that scores worst."""
@@ -254,7 +255,7 @@ def best_and_worst(args, accelerator, model, tokenizer, rows, judge) -> list[dic
         for j, row in enumerate(batch):
             own = answers[j * args.k:(j + 1) * args.k]
             (row["worst"], row["rejected"]), (row["best"], row["chosen"]) = min(own), max(own)
-    return [row for row in rows if row["worst"] < row["best"]]
+    return accelerate.utils.broadcast_object_list([[row for row in rows if row["worst"] < row["best"]]])[0]
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
              loss_type="sigmoid", label_smoothing=0.0, simpo_margin=0.0) -> tuple[torch.Tensor, ...]:
@@ -277,9 +278,9 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 def pair_logps(args, accelerator, model, rows) -> torch.Tensor:
     """log pi of each row's chosen and rejected answer (B, 2): summed over the tokens, or their mean for simpo."""
     groups = [(row["ids"], row["chosen"], row["rejected"]) for row in rows]
-    lengths = torch.tensor([[len(ids) for ids in answers] for _, *answers in groups], device=accelerator.device)
+    counts = torch.tensor([[len(ids) for ids in answers] for _, *answers in groups], device=accelerator.device)
     logps = model(*pack(groups, accelerator.device), 1.0).view(-1, 2)
-    return logps / lengths if args.loss_type == "simpo" else logps
+    return logps / counts if args.loss_type == "simpo" else logps
 
 METRICS = ("loss", "accuracies", "margins", "chosen", "rejected", "logps_chosen", "logps_rejected")
 def pair_loss(args, accelerator, model, reference, rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,8 +312,8 @@ def evaluate_policy(args, accelerator, policy, reference, tokenizer, rows, judge
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         inputs = pack([(row["ids"], answer) for row, answer in zip(batch, ids)], accelerator.device)
         kl = policy(*inputs, args.temperature) - reference(*inputs, args.temperature)  # unbiased, may be negative
-        columns = dict(score=judge(batch, texts), kl=kl.tolist(), ids=ids, text=texts)
-        results += [dict(zip(columns, values)) for values in zip(*columns.values())]
+        columns = zip(judge(batch, texts), kl.tolist(), ids, texts)
+        results += [dict(zip(("score", "kl", "ids", "text"), values)) for values in columns]
     means = {name: sum(result[name] for result in results) / len(rows) for name in ("score", "kl")}
     means.update(text_statistics([result["ids"] for result in results], policy.model.generation_config.eos_token_id))
     return means, results
@@ -397,8 +398,7 @@ def main(args: Args) -> None:
     if args.resume:
         model.load_state_dict(load(transformers.AutoModelForCausalLM, args.resume).state_dict())
         state = torch.load(pathlib.Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
+        optimizer.load_state_dict(state["optimizer"]), (done := state["step"])
     if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
         ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
     total_steps = args.total_steps or args.epochs * len(train) // args.prompts_per_step

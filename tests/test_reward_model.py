@@ -166,6 +166,39 @@ def test_prefix_shared_scores_are_the_plain_ones_and_so_is_the_gradient(make, la
         assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-5 * (1 + b.abs().max())))
 
 
+@pytest.mark.parametrize("extra", [dict(), dict(model_type="mistral", sliding_window=5), dict(
+    model_type="gemma2", sliding_window=5, attn_logit_softcapping=5.0, query_pre_attn_scalar=8)], ids=lambda x: x.get("model_type", "qwen2"))
+def test_packed_texts_keep_the_attention_of_their_model(extra):
+    """Sliding windows and soft-capped logits; and none of it with an attention that cannot be replaced."""
+    options = dict(model_type="qwen2", vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
+                   num_key_value_heads=2, head_dim=8, initializer_range=0.3, pad_token_id=258, eos_token_id=1) | extra
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**options)
+    plain = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    tokenizer = byte_tokenizer(pad_token="<|pad|>")
+    rows = rows_of(GROUPS, tokenizer)
+    ours = reward_model.AnswerLogits(copy.deepcopy(plain))(*reward_model.collate(rows, "cpu"))
+    assert torch.allclose(ours, plain_scores(plain, tokenizer, rows, "right"), atol=1e-5)
+
+
+def test_a_model_whose_attention_cannot_be_replaced_is_refused():
+    for config in (transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=2), transformers.Lfm2Config(hidden_size=32, num_hidden_layers=2, layer_types=["conv", "full_attention"], num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)):
+        with pytest.raises(SystemExit, match="attention that can be replaced"):
+            reward_model.AnswerLogits(transformers.AutoModel.from_config(config))
+
+
+def test_sdpa_takes_the_packed_masks(monkeypatch):
+    """What a GPU runs: a query of one token with grouped heads is a case of its own in transformers' sdpa."""
+    tokenizer = byte_tokenizer(pad_token="<|pad|>")
+    model, rows = classifier(tiny_llama, 1), rows_of([*GROUPS, ("y", ["ab", "a"])], tokenizer)
+    shared, batch = reward_model.AnswerLogits(model), reward_model.collate(rows, "cpu")
+    eager = shared(*batch)
+    assert min(n for group in batch[2] for n in group[2:]) == 1  # an answer of one token, behind another
+    sdpa = transformers.AttentionInterface()["sdpa"]
+    monkeypatch.setattr(sys.modules[type(model.model.layers[0].self_attn).__module__], "eager_attention_forward", sdpa)
+    assert torch.allclose(shared(*batch), eager, atol=1e-5)
+
+
 def test_swapped_labels_mirror_the_metrics():
     tokenizer = byte_tokenizer(pad_token="<|pad|>")
     rows = rows_of(GROUPS, tokenizer)
