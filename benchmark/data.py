@@ -1,0 +1,48 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = []
+# ///
+"""The files that the real-data experiments run on, made from the public data in a folder (one JSON object a line, gzipped).
+
+    python benchmark/data.py ../shared/data runs/data
+
+imdb_pairs_{train,test}.jsonl: a positive and a negative review, in file order, as chosen and rejected, without a prompt.
+imdb_openings_{train,test}.jsonl: the first 8 words of each review, as a prompt to go on with.
+helpful_{train,test}.jsonl: hh_helpful and rmb_helpful together, all marked up as dialogues, a space before each answer.
+"""
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+
+def read(folder, name):
+    with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf8") as file:
+        return [json.loads(line) for line in file]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    args = parser.parse_args()
+    args.target.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        reviews = read(args.source, f"imdb_{split}")
+        positive, negative = ([r["text"] for r in reviews if r["label"] == label] for label in (1, 0))
+        spaced = lambda row, prompt: dict(prompt=prompt, chosen=f" {row['chosen']}", rejected=f" {row['rejected']}")
+        helpful = [spaced(row, row["prompt"]) for row in read(args.source, f"hh_helpful_{split}")]
+        helpful += [spaced(row, f"\n\nHuman: {row['prompt']}\n\nAssistant:") for row in read(args.source, f"rmb_helpful_{split}")]
+        files = {
+            "imdb_pairs": [dict(prompt="", chosen=a, rejected=b) for a, b in zip(positive, negative)],
+            "imdb_openings": [dict(prompt=" ".join(r["text"].split()[:8])) for r in reviews],
+            "helpful": helpful,
+        }
+        for name, rows in files.items():
+            path = args.target / f"{name}_{split}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+            print(f"{path}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

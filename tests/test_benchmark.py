@@ -1,0 +1,77 @@
+"""What the benchmark commands make of finished runs: tables, CSV, pictures. (speed.py needs TRL and a machine to itself.)"""
+import csv
+import gzip
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+
+import reward_model
+import rloo
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
+import compare  # noqa: E402
+import data  # noqa: E402
+import pipeline  # noqa: E402
+import seeds  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tiny_flags, tmp_path_factory):
+    """Two toy seeds of rloo.py, and a toy reward model with an RLOO run on it, in folders named as the commands name them."""
+    out = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2):
+        run_script(rloo, *tiny_flags, "--eval-reward", tiny_flags[1], "--seed", seed, "--output-dir", out / f"rloo{seed}")
+    pairs = out / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(dict(prompt=f"q{i}", chosen="abc", rejected="123")) + "\n" for i in range(12)))
+    run_script(reward_model, "--model", tiny, "--dataset", pairs, "--eval-prompts", 4, "--precision", "fp32", "--output-dir", out / "reward_model1")
+    shutil.copytree(out / "reward_model1", out / "reward_model_ordinal1")
+    for kind in ("reward_model", "reward_model_ordinal"):
+        shutil.copytree(out / "rloo1", out / f"rloo_on_{kind}1")
+    return out
+
+
+def main(module, monkeypatch, capsys, *flags):
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
+    module.main()
+    return capsys.readouterr().out
+
+
+def test_seeds_reads_what_is_there_and_prints_mean_and_deviation(runs, monkeypatch, capsys, tmp_path):
+    text = main(seeds, monkeypatch, capsys, "rloo.py", "--seeds", 1, 2, "--out", runs, "--picture", tmp_path / "p.png")
+    (line,) = [line.split() for line in text.splitlines() if line.startswith("score")]
+    after = [float(x) for x in line[-2:]]
+    assert float(line[4]) == pytest.approx(sum(after) / 2, abs=1e-3)
+    assert line[5] == "±" and (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_compare_has_a_row_a_name_and_a_line_a_run(runs, monkeypatch, capsys, tmp_path):
+    (runs / "rloo9").mkdir()
+    text = main(compare, monkeypatch, capsys, *sorted(runs.glob("rloo[0-9]")), "--save", tmp_path / "c")
+    assert "rloo9: not finished, left out" in text and (tmp_path / "c.png").stat().st_size > 10_000
+    rows = list(csv.DictReader((tmp_path / "c.csv").open()))
+    assert [row["seed"] for row in rows] == ["1", "2"] and all(row["responses"] == str(4 * 4 * 4) for row in rows)  # steps, prompts, k
+    (last,) = [value for step, value in seeds.scalars(runs / "rloo2")["eval/score"] if step == 4]
+    assert float(rows[1]["score_after"]) == pytest.approx(last, abs=1e-4) and "score" in text and "gold" in text
+
+
+def test_pipeline_prints_both_kinds_and_draws_them(runs, monkeypatch, capsys, tmp_path):
+    text = main(pipeline, monkeypatch, capsys, "--out", runs, "--picture", tmp_path / "p.png")
+    assert text.count("eval/gold") == text.count("held-out accuracy") == 2 and (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_data_makes_pairs_openings_and_dialogues(monkeypatch, capsys, tmp_path):
+    write = lambda name, *rows: gzip.open(tmp_path / f"{name}.jsonl.gz", "wt").write("".join(json.dumps(row) + "\n" for row in rows))
+    for split in ("train", "test"):
+        write(f"imdb_{split}", dict(text="good film " * 9, label=1), dict(text="bad film", label=0), dict(text="poor", label=0))
+        write(f"hh_helpful_{split}", dict(prompt="\n\nHuman: a\n\nAssistant:", chosen="b", rejected="c"))
+        write(f"rmb_helpful_{split}", dict(prompt="a", chosen="b", rejected="c"))
+    main(data, monkeypatch, capsys, tmp_path, tmp_path / "out")
+    read = lambda name: [json.loads(line) for line in (tmp_path / f"out/{name}.jsonl").open()]
+    assert [row["rejected"] for row in read("imdb_pairs_train")] == ["bad film"]
+    assert read("imdb_openings_test")[0] == {"prompt": "good film good film good film good film"}
+    one, two = read("helpful_train")
+    assert one == two == {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " c"}
