@@ -225,16 +225,15 @@ class AnswerLogps(torch.nn.Module):
         return torch.stack([x.sum() for x in logprobs.split([n for _, *answers in lengths for n in answers])])
 
 @torch.no_grad()
-def sample_answers(args, accelerator, model, tokenizer, rows, k, *key) -> list[list[int]]:
-    """k answers a row, row after row, as token ids up to the EOS. `key` fixes the random numbers, on every process."""
-    def draw(_, logits):  # from the full distribution, by its CDF: generate()'s way takes a CPU as long as the model
+def sample_answers(args, accelerator, model, tokenizer, rows, k, uniforms) -> list[list[int]]:
+    """k answers a row, row after row: token ids up to the EOS. uniforms (B·k, max_new_tokens): all the randomness."""
+    def draw(past, logits):  # from the full distribution, by its CDF: generate()'s way takes a CPU as long as the model
         cdf = (logits.float() / args.temperature).softmax(1).cumsum(1)
-        tokens = torch.searchsorted(cdf, torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:], right=True)
+        tokens = torch.searchsorted(cdf, uniforms[:, past.shape[1] - ids.shape[1], None] * cdf[:, -1:], right=True)
         return torch.zeros_like(cdf).scatter_(1, tokens.clamp(max=cdf.shape[1] - 1), 1.0)  # greedy search takes it
     inputs = tokenizer.pad({"input_ids": [row["ids"] for row in rows]}, padding_side="left", return_tensors="pt")
-    ids, mask = inputs.to(accelerator.device).values()
+    ids, mask, uniforms = (x.to(accelerator.device) for x in (*inputs.values(), uniforms))
     options = dict(do_sample=False, repetition_penalty=1.0, logits_processor=[draw], max_new_tokens=args.max_new_tokens)
-    torch.manual_seed(random_stream(*key).initial_seed())
     with accelerator.autocast():
         if k > 1:  # a prompt runs once for its k answers
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
@@ -247,9 +246,10 @@ def sample_answers(args, accelerator, model, tokenizer, rows, k, *key) -> list[l
 
 def best_and_worst(args, accelerator, model, tokenizer, rows, judge) -> list[dict]:
     """The built-in pairs: of k answers by the policy, the one that scores best and the one that scores worst."""
+    numbers = torch.rand(len(rows), args.k, args.max_new_tokens, generator=random_stream(args.seed, 3, len(rows)))
     for i in accelerate.utils.tqdm(range(0, len(rows), 16), desc="sampling answers"):
-        batch = rows[i:i + 16]
-        ids = sample_answers(args, accelerator, model, tokenizer, batch, args.k, args.seed, 3, len(rows), i)
+        batch, uniforms = rows[i:i + 16], numbers[i:i + 16].flatten(0, 1)
+        ids = sample_answers(args, accelerator, model, tokenizer, batch, args.k, uniforms)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         answers = list(zip(judge([row for row in batch for _ in range(args.k)], texts), ids))
         for j, row in enumerate(batch):
@@ -306,9 +306,9 @@ def text_statistics(responses, eos_token_ids) -> dict[str, float]:
 @torch.no_grad()
 def evaluate_policy(args, accelerator, policy, reference, tokenizer, rows, judge) -> tuple[dict, list[dict]]:
     """(means, results) of an answer a row, from the same random numbers each time and on every process."""
-    results = []
-    for batch in (rows[i:i + 16] for i in range(0, len(rows), 16)):
-        ids = sample_answers(args, accelerator, policy.model, tokenizer, batch, 1, args.seed, 1, len(results))
+    uniforms, results = torch.rand(len(rows), args.max_new_tokens, generator=random_stream(args.seed, 1)), []
+    for i, batch in ((i, rows[i:i + 16]) for i in range(0, len(rows), 16)):
+        ids = sample_answers(args, accelerator, policy.model, tokenizer, batch, 1, uniforms[i:i + 16])
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         inputs = pack([(row["ids"], answer) for row, answer in zip(batch, ids)], accelerator.device)
         kl = policy(*inputs, args.temperature) - reference(*inputs, args.temperature)  # unbiased, may be negative

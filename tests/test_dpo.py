@@ -129,9 +129,8 @@ def test_sampling_is_that_of_rloo_with_the_same_random_numbers():
         for m in (plain, model):
             m.generation_config.eos_token_id = [1, *range(60, 90)]  # some end early
         dpo.AnswerLogps(model)
-        answers = dpo.sample_answers(args, accelerator, model, tokenizer, rows, k, 7)
-        torch.manual_seed(dpo.random_stream(7).initial_seed())
-        uniforms = torch.cat([torch.rand(2 * k, 1) for _ in range(12)], 1)
+        uniforms = torch.rand(2 * k, 12, generator=dpo.random_stream(7))
+        answers = dpo.sample_answers(args, accelerator, model, tokenizer, rows, k, uniforms)
         ids = rloo.generate(plain, *left_pad([row["ids"] for row in rows]), k, uniforms, 1.3, plain.generation_config.eos_token_id)
         lengths = rloo.completion_mask(ids, plain.generation_config.eos_token_id).sum(1)
         assert answers == [row[:n].tolist() for row, n in zip(ids, lengths)] and len(set(lengths.tolist())) > 1
