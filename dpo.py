@@ -31,7 +31,7 @@ class Args:
     beta: float = 0.1  # how much the loss wants to leave the reference: little if large (simpo: try 2)
     label_smoothing: float = 0.0  # assumed share of wrong labels, under 0.5 (sigmoid, robust, simpo)
     simpo_margin: float = 0.5  # gamma of simpo
-    precompute_ref: bool = False  # ask the reference before training; then a GPU has it in evaluations only
+    precompute_ref: bool = False  # ask the reference before training; a GPU has it until the first evaluation
     k: int = 8  # built-in pairs: answers that the policy samples a prompt, of which best and worst are a pair
     temperature: float = 1.0  # of sampling
     max_new_tokens: int = 24  # longest sampled answer, in tokens
