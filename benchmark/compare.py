@@ -2,17 +2,19 @@
 # requires-python = ">=3.10"
 # dependencies = ["tensorboard>=2.20", "matplotlib>=3.9"]
 # ///
-"""Finished runs side by side: a table (mean ± standard deviation over the seeds), each run as a line of CSV, and a picture.
+"""Finished runs side by side: a table (mean ± standard deviation over the seeds) and an answer each, a CSV, a picture.
 
     uv run benchmark/seeds.py reinforce.py --out runs/seeds         # ... and rloo.py, ppo.py, dpo.py
     uv run benchmark/compare.py runs/seeds/* --save benchmark/algorithms
 
-Folders are named as seeds.py does, {name}{seed}; those of one name are one row. The picture: score of the training batches
-over sampled responses, a line a run; and held-out score over KL, a path a run from the SFT model to the trained one.
-A run of dpo.py samples once, before it trains, and so has no training curve: its responses are those of its pairs.
+Folders are named as seeds.py does, {name}{seed}; those of one name are one row and one color. The picture, a line a run: score
+of the training batches over sampled responses; held-out score over KL, a path from the SFT model to the trained one; and what
+the text becomes, distinct-2 and repetition. A run of dpo.py samples once, before it trains: its responses are those of its
+pairs, and its curves are a step up or down at that number.
 """
 import argparse
 import csv
+import itertools
 import re
 import statistics
 from pathlib import Path
@@ -21,13 +23,14 @@ COLUMNS = ("score", "gold", "kl", "response_length", "eos_rate", "distinct_2", "
 
 
 def read(folder):
-    """(flags, {tag: [(step, value)]}, seconds from the first event to the last) of a run."""
+    """(flags, {tag: [(step, value)]}, seconds from the first event to the last, last report) of a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder)).Reload()
     text = events.Tensors("args/text_summary")[0]
     flags = dict(re.findall(r"^\|(\w+)\|(.*)\|$", text.tensor_proto.string_val[0].decode(), re.M))
     scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    return flags, scalars, max(events.Scalars(tag)[-1].wall_time for tag in scalars) - text.wall_time
+    seconds = max(events.Scalars(tag)[-1].wall_time for tag in scalars) - text.wall_time
+    return flags, scalars, seconds, events.Tensors("eval/samples/text_summary")[-1].tensor_proto.string_val[0].decode()
 
 
 def responses(flags, steps):
@@ -41,24 +44,29 @@ def draw(groups, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), constrained_layout=True)
-    for color, (name, runs) in zip(plt.cm.tab10.colors, groups.items()):
-        for i, (flags, scalars, _) in enumerate(runs.values()):
-            label = f"{name} ({len(runs)} seeds)" if i == 0 else None
-            if "objective/scores" in scalars:
-                steps, scores = zip(*scalars["objective/scores"])
-                smooth = [statistics.mean(scores[max(0, i - 4):i + 1]) for i in range(len(scores))]
-                left.plot([responses(flags, step) for step in steps], smooth, color=color, linewidth=1, alpha=0.8, label=label)
-            else:
-                left.plot(responses(flags, 0), scalars["eval/score"][-1][1], "o", color=color, alpha=0.8, label=label and name + ", held-out")
-            kl, score = ([value for _, value in scalars[f"eval/{tag}"]] for tag in ("kl", "score"))
-            right.plot(kl, score, color=color, linewidth=0.8, alpha=0.5)
-            right.plot(kl[-1], score[-1], "o", color=color, label=label)
-    left.set(xlabel="sampled responses", ylabel="score, training batches (mean of the last 5 steps)")
-    right.set(xlabel="KL from the reference, nats a response", ylabel="score, held-out prompts")
-    for axis in (left, right):
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
+    (training, frontier), texts = axes
+    for color, (name, runs) in zip(itertools.cycle(plt.cm.tab10.colors), groups.items()):
+        labels = itertools.chain([name.rstrip("_") + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")], itertools.repeat(None))
+        for label, (flags, scalars, *_) in zip(labels, runs.values()):
+            seen = lambda points: [responses(flags, step) for step, _ in points]
+            line = dict(color=color, linewidth=1, alpha=0.8, label=label)
+            held_out = {tag: [value for _, value in scalars[f"eval/{tag}"]] for tag in ("score", "kl", "distinct_2", "repetition")}
+            curve = scalars.get("objective/scores", scalars["eval/score"])
+            last = 5 if "objective/scores" in scalars else 1
+            means = [statistics.mean(value for _, value in curve[max(0, i - last):i]) for i in range(1, len(curve) + 1)]
+            training.plot(seen(curve), means, **line)
+            frontier.plot(held_out["kl"], held_out["score"], **line)
+            frontier.plot(held_out["kl"][-1], held_out["score"][-1], "o", color=color)
+            for axis, tag in zip(texts, ("distinct_2", "repetition")):
+                axis.plot(seen(scalars["eval/score"]), held_out[tag], ".-", **line)
+    training.set(xlabel="sampled responses", ylabel="score, training batches (mean of the last 5 steps)")
+    frontier.set(xlabel="KL from the reference, nats a response", ylabel="score, held-out prompts")
+    for axis, name in zip(texts, ("distinct-2", "repetition")):
+        axis.set(xlabel="sampled responses", ylabel=f"{name}, held-out prompts")
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    frontier.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -74,18 +82,21 @@ def main():
             groups.setdefault(name, {})[int(seed)] = read(folder)
         else:
             print(f"{folder}: not finished, left out")
-    present = [c for c in COLUMNS if all(f"eval/{c}" in scalars for runs in groups.values() for _, scalars, _ in runs.values())]
+    present = [c for c in COLUMNS if all(f"eval/{c}" in scalars for runs in groups.values() for _, scalars, *_ in runs.values())]
     print(f"{'':24}{'seeds':>6}{'responses':>10}{'seconds':>14}" + "".join(f"{column:>18}" for column in present))
     lines = [("name", "seed", "responses", "seconds", *(f"{c}_{when}" for c in present for when in ("before", "after")))]
     for name, runs in groups.items():
-        for seed, (flags, scalars, seconds) in sorted(runs.items()):
+        for seed, (flags, scalars, seconds, _) in sorted(runs.items()):
             values = [round(scalars[f"eval/{c}"][i][1], 4) for c in present for i in (0, -1)]
             steps = max(step for step, _ in scalars["charts/learning_rate"])
             lines.append((name, seed, responses(flags, steps), round(seconds), *values))
         rows = [line[2:] for line in lines[-len(runs):]]
         cell = lambda i, digits: (f"{statistics.mean(x):.{digits}f}" + (f" ± {statistics.stdev(x):.{digits}f}" if len(x) > 1 else "")
                                   if (x := [row[i] for row in rows]) else "")
-        print(f"{name:24}{len(runs):6}{rows[0][0]:10}{cell(1, 0):>14}" + "".join(f"{cell(3 + 2 * i, 3):>18}" for i in range(len(present))))
+        print(f"{name.rstrip('_'):24}{len(runs):6}{rows[0][0]:10}{cell(1, 0):>14}" + "".join(f"{cell(3 + 2 * i, 3):>18}" for i in range(len(present))))
+    for name, runs in groups.items():
+        sample = min(runs.items())[1][3].split("prompt  ")[1].splitlines()  # of the first seed, the first prompt of its report
+        print(f"\n{name.rstrip('_'):24}" + sample[0].strip(), *(line.strip() for line in sample[1:] if line.strip()), sep=f"\n{'':24}")
     if args.save:
         with open(args.save.with_suffix(".csv"), "w", newline="") as file:
             csv.writer(file).writerows(lines)

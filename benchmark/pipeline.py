@@ -52,13 +52,13 @@ def main():
     parser.add_argument("--seed", default="1")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/pipeline")
     parser.add_argument("--picture", type=Path, default=None)
-    parser.add_argument("flags", nargs="*")
-    args = parser.parse_args()
+    own = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, flags = parser.parse_args(sys.argv[1:own]), sys.argv[own + 1:]
     curves = {}
     for kind in ("reward_model", "reward_model_ordinal"):
         model, policy = args.out / f"{kind}{args.seed}", args.out / f"rloo_on_{kind}{args.seed}"
         run(f"{kind}.py", model, "--seed", args.seed)
-        run("rloo.py", policy, "--seed", args.seed, "--reward", str(model / "final"), "--eval-reward", "vader", "--eval-every", "5", *args.flags)
+        run("rloo.py", policy, "--seed", args.seed, "--reward", str(model / "final"), "--eval-reward", "vader", "--eval-every", "5", *flags)
         curves[kind] = scalars(policy)
         print(f"\n{kind}: held-out accuracy {scalars(model)['eval/accuracies'][-1][1]:.3f}")
         for tag in ("eval/score", "eval/gold", "eval/kl", "eval/distinct_2"):

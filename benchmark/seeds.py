@@ -9,7 +9,8 @@
 
     uv run benchmark/seeds.py rloo.py --seeds 1 2 3 4 5 --out runs/seeds
 
-A seed whose folder holds final/ already is read, not run again. Flags after `--` go to the script.
+A seed whose folder holds final/ already is read, not run again. Flags after `--` go to the script; --name tells runs with
+different flags apart: a folder is named {name}{seed}.
 """
 import argparse
 import statistics
@@ -47,17 +48,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--name", default=None, help="of the folders; default: the script's")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/seeds")
     parser.add_argument("--picture", type=Path, default=None)
-    parser.add_argument("flags", nargs="*")
-    args = parser.parse_args()
+    own = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, flags = parser.parse_args(sys.argv[1:own]), sys.argv[own + 1:]
     runs = {}
     for seed in args.seeds:
-        folder = args.out / f"{Path(args.script).stem}{seed}"
+        folder = args.out / f"{args.name or Path(args.script).stem}{seed}"
         if not (folder / "final").exists():
             begin = time.time()
             command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / args.script), "--seed", str(seed),
-                       "--output-dir", str(folder), *args.flags]
+                       "--output-dir", str(folder), *flags]
             subprocess.run(command, check=True)
             print(f"seed {seed}: {time.time() - begin:.0f} s")
         runs[seed] = scalars(folder)

@@ -1,4 +1,5 @@
-"""What the benchmark commands make of finished runs: tables, CSV, pictures. (speed.py needs TRL and a machine to itself.)"""
+"""The benchmark commands at toy size: tables, CSV, pictures. (Of speed.py only what needs no TRL: PPO beside RLOO.)"""
+import argparse
 import csv
 import gzip
 import json
@@ -17,6 +18,7 @@ import compare  # noqa: E402
 import data  # noqa: E402
 import pipeline  # noqa: E402
 import seeds  # noqa: E402
+import speed  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,12 @@ def test_seeds_reads_what_is_there_and_prints_mean_and_deviation(runs, monkeypat
     assert line[5] == "±" and (tmp_path / "p.png").stat().st_size > 10_000
 
 
+def test_seeds_runs_what_is_missing_under_its_name(runs, tiny_flags, monkeypatch, capsys):
+    text = main(seeds, monkeypatch, capsys, "rloo.py", "--seeds", 1, "--out", runs, "--name", "two_steps_", "--", *tiny_flags, "--total-steps", 2)
+    assert "seed 1: " in text and (runs / "two_steps_1/final").exists()
+    assert "seed 1: " not in main(seeds, monkeypatch, capsys, "rloo.py", "--seeds", 1, "--out", runs, "--name", "two_steps_")
+
+
 def test_compare_has_a_row_a_name_and_a_line_a_run(runs, monkeypatch, capsys, tmp_path):
     (runs / "rloo9").mkdir()
     text = main(compare, monkeypatch, capsys, *sorted(runs.glob("rloo[0-9]")), "--save", tmp_path / "c")
@@ -56,6 +64,7 @@ def test_compare_has_a_row_a_name_and_a_line_a_run(runs, monkeypatch, capsys, tm
     assert [row["seed"] for row in rows] == ["1", "2"] and all(row["responses"] == str(4 * 4 * 4) for row in rows)  # steps, prompts, k
     (last,) = [value for step, value in seeds.scalars(runs / "rloo2")["eval/score"] if step == 4]
     assert float(rows[1]["score_after"]) == pytest.approx(last, abs=1e-4) and "score" in text and "gold" in text
+    assert text.count("trained ") == 1  # an answer of the first seed
 
 
 def test_pipeline_prints_both_kinds_and_draws_them(runs, monkeypatch, capsys, tmp_path):
@@ -75,3 +84,16 @@ def test_data_makes_pairs_openings_and_dialogues(monkeypatch, capsys, tmp_path):
     assert read("imdb_openings_test")[0] == {"prompt": "good film good film good film good film"}
     one, two = read("helpful_train")
     assert one == two == {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " c"}
+
+
+def test_speed_has_a_row_a_side_and_the_ratio(tiny, monkeypatch, capsys):
+    text = main(speed, monkeypatch, capsys, "ppo", "--model", tiny, "--steps", 3, "--rounds", 1, "--tokens", 4)
+    assert text.count("median") == 2 and "ppo.py / rloo.py: " in text
+
+
+def test_speed_takes_pairs_of_distinct_prompts_that_fit(tiny, tmp_path):
+    rows = [dict(prompt=p, chosen=c, rejected="r") for p, c in (("a", "x"), ("a", "y"), ("b", "z" * 99), ("c", "x"), ("d", "x"))]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = argparse.Namespace(model=tiny, dataset=str(tmp_path / "all.jsonl"), length=20, steps=2, prompts=1)
+    kept = [json.loads(line) for line in open(speed.write_pairs(flags, tmp_path / "kept.jsonl"))]
+    assert [row["prompt"] for row in kept] == ["a", "c"] and kept[0]["chosen"] == "x"
