@@ -33,7 +33,7 @@ class Args:
     k: int = 4  # responses a prompt, which is run once for all of them
     kl_coef: float = 0.05  # weight of the KL from the reference in the reward
     epochs: int = 1  # passes over the samples of a step
-    minibatches: int = 2  # optimizer steps a pass
+    minibatches: int = 2  # optimizer steps a pass, each on every m-th prompt, m being this number
     gamma: float = 1.0  # discount of later rewards
     lam: float = 0.95  # of GAE: 0 trusts the critic, 1 the rewards that were seen
     cliprange: float = 0.2  # nothing pushes a ratio further than this from 1, nor a value from the old one
@@ -397,15 +397,16 @@ def main(args: Args) -> None:
             uniforms = torch.rand(processes, size * k, args.max_new_tokens, generator=random_stream(args.seed, 3, step))
             inputs, responses, texts = sample_responses(args, accelerator, model, tokenizer, rows, k, uniforms[rank])
             scores = torch.tensor(scorers["score"]([row for row in rows for _ in range(k)], texts), device=device)
-            split = lambda *tensors: list(zip(*(x.split(len(x) * micro // size) for x in tensors)))  # micro-batches
+            split = lambda *parts: zip(*(x.split(len(x) * micro // len(parts[0])) for x in parts))  # into micro-batches
             with torch.no_grad():
                 old = [[f(*part, args.temperature) for f in (policy, reference, critic)] for part in split(*inputs)]
             (logprobs, ref_logprobs, values), mask = map(torch.cat, zip(*old)), inputs[3]
             rewards = token_rewards(scores, logprobs, ref_logprobs, mask, args.kl_coef)
             advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
             advantages = masked_whiten(advantages, mask, accelerator.reduce)
-            parts, updates = split(*inputs, logprobs, advantages, values, returns), []
-            for minibatch in [parts[i::args.minibatches] for i in range(args.minibatches)] * args.epochs:
+            tensors, updates = (*inputs, logprobs, advantages, values, returns), []
+            take = lambda i: (x.unflatten(0, (size, -1))[i::args.minibatches].flatten(0, 1) for x in tensors)
+            for minibatch in [list(split(*take(i))) for i in range(args.minibatches)] * args.epochs:
                 tokens, metrics = accelerator.reduce(sum(part[3].sum() for part in minibatch)) / processes, 0.0
                 for *batch, old_logprobs, part_advantages, old_values, part_returns in minibatch:
                     new_logprobs, new_values = policy(*batch, args.temperature), critic(*batch, args.temperature)
@@ -419,8 +420,7 @@ def main(args: Args) -> None:
                     metrics += share * torch.stack(means).detach()
                 norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), args.max_grad_norm) for m in (policy, critic)]
                 math.isfinite(sum(norms)) or sys.exit(f"step {step}: gradient norm {sum(norms)}; lower --learning-rate")
-                optimizer.step(), optimizer.zero_grad()
-                updates.append(torch.cat([metrics, torch.stack(norms)]))
+                optimizer.step(), optimizer.zero_grad(), updates.append(torch.cat([metrics, torch.stack(norms)]))
             done, last, kl = step + 1, step + 1 == args.total_steps, sequence_kl(logprobs, ref_logprobs, mask).mean()
             names = "loss/policy loss/value policy/approxkl policy/clipfrac policy/ratio policy/grad_norm val/grad_norm"
             metrics = {"objective/scores": scores.mean(), "objective/kl": kl, "charts/learning_rate": lr,

@@ -191,22 +191,37 @@ def gradient(out):
     return torch.cat([state[i]["exp_avg"].flatten() / 0.1 for i in sorted(state)])
 
 
+@pytest.fixture(scope="module")
+def two_updates(one_update):
+    go, _ = one_update
+    return lambda *flags: go("--minibatches", 2, "--prompts-per-step", 8, *flags)
+
+
+def close(out, expected):
+    return expected.norm() > 0.01 and (gradient(out) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_micro_batches_change_nothing(one_update, size):
     go, out = one_update
-    expected = gradient(out)
-    assert expected.norm() > 0.01 and (gradient(go("--micro-batch-size", size)) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert close(go("--micro-batch-size", size), gradient(out))
 
 
-def test_two_processes_equal_one(one_update, tiny_flags, tmp_path):
+def test_micro_batches_leave_the_minibatches_as_they_are(two_updates):
+    assert close(two_updates("--micro-batch-size", 1), gradient(two_updates("--micro-batch-size", 4)))
+
+
+def test_two_processes_equal_one(one_update, two_updates, tiny_flags, tmp_path):
+    """With two minibatches, which are then those of one process; their second step begins where the first ended."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(28400 + os.getpid() % 500),
-               ppo.__file__, *map(str, tiny_flags), "--kl-coef", "0.5", "--epochs", "1", "--minibatches", "1", "--total-steps", "1", "--output-dir", str(tmp_path / "o")]
+               ppo.__file__, *map(str, tiny_flags), "--kl-coef", "0.5", "--epochs", "1", "--minibatches", "2", "--prompts-per-step", "8",
+               "--total-steps", "1", "--output-dir", str(tmp_path / "o")]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     assert result.returncode == 0, result.stderr[-3000:]
-    expected = gradient(one_update[1])
-    assert (gradient(tmp_path / "o") - expected).abs().max() < 1e-5 * expected.abs().max()
+    expected = two_updates()
+    assert close(tmp_path / "o", gradient(expected)) and not close(tmp_path / "o", gradient(two_updates("--seed", 2)))
     for tag in ("loss/policy", "loss/value", "val/grad_norm", "objective/rlhf_reward"):
-        assert scalars(tmp_path / "o", tag) == pytest.approx(scalars(one_update[1], tag), abs=1e-5)
+        assert scalars(tmp_path / "o", tag) == pytest.approx(scalars(expected, tag), abs=1e-5)
 
 
 @pytest.mark.parametrize("labels", [1, 10])
