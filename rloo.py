@@ -16,7 +16,7 @@ Ahmadian et al. 2024, Back to Basics, arXiv 2402.14740; the estimator: Kool et a
 
     accelerate launch rloo.py --k 4 --kl-coef 0.05          # SmolLM2-135M learns to write cheerfully, offline
     accelerate launch rloo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset prompts.jsonl --chat --reward my.py:reward
-    accelerate launch rloo.py --resume runs/rloo__1__1767225600/checkpoint-50
+    accelerate launch rloo.py --resume runs/rloo__1__1767225600/checkpoint-20     # after --save-every 20
 
 The default run: 5 to 7 minutes on two CPU cores, held-out score 0.28 -> 0.74 (five seeds: see the README).
 Left out on purpose: several updates a batch and ratio clipping (with one update the ratio is 1), LoRA, vLLM, top-p.

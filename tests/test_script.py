@@ -388,7 +388,7 @@ def test_the_readmes_examples_with_your_model_data_and_reward(tiny, tmp_path):
     """The very shell lines, in a folder with small files of those names; only the size of the run and the model are changed."""
     block = next(b for b in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "gsm8k.py" in b)
     rows = {"prompts": [{"prompt": f"Say {i}"} for i in range(12)], "imdb_train": [{"text": f"one two three {i} five six seven eight nine"} for i in range(12)],
-            "gsm8k_train": [{"question": f"{i} + 1?", "final": str(i + 1)} for i in range(12)]}
+            "gsm8k_train": [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(12)]}
     for name, data in rows.items():
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
             file.write("".join(json.dumps(row) + "\n" for row in data))
