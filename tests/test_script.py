@@ -384,6 +384,16 @@ def test_a_data_file_beside_a_copy_of_the_script(run, tiny_flags, tmp_path, writ
     run(*tiny_flags, "--dataset", "prompts.jsonl", "--total-steps", 1, "--eval-prompts", 2, "--output-dir", tmp_path / "o")
 
 
+def test_the_readmes_table_counts_the_lines():
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(.*? \| (\d+) \| (?:`(\w+\.py)`: (\d+) lines here, (\d+) there)? ?\|", (ROOT / "README.md").read_text(), re.M)
+    assert [row[0] for row in rows] == ["reinforce.py", "rloo.py", "ppo.py", "dpo.py", "reward_model.py", "reward_model_ordinal.py", "cartpole_pg.py"]
+    for script, lines, neighbour, here, there in rows:
+        assert int(lines) == len((ROOT / script).read_text().splitlines()), script
+        if neighbour:
+            diff = subprocess.run(["diff", neighbour, script], cwd=ROOT, capture_output=True, text=True).stdout
+            assert (int(there), int(here)) == tuple(len(re.findall(f"^{sign}", diff, re.M)) for sign in "<>"), script
+
+
 def test_the_readmes_examples_with_your_model_data_and_reward(tiny, tmp_path):
     """The very shell lines, in a folder with small files of those names; only the size of the run and the model are changed."""
     block = next(b for b in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "gsm8k.py" in b)
