@@ -89,7 +89,7 @@ def main():
         for seed, (flags, scalars, seconds, _) in sorted(runs.items()):
             values = [round(scalars[f"eval/{c}"][i][1], 4) for c in present for i in (0, -1)]
             steps = max(step for step, _ in scalars["charts/learning_rate"])
-            lines.append((name, seed, responses(flags, steps), round(seconds), *values))
+            lines.append((name.rstrip('_'), seed, responses(flags, steps), round(seconds), *values))
         rows = [line[2:] for line in lines[-len(runs):]]
         cell = lambda i, digits: (f"{statistics.mean(x):.{digits}f}" + (f" ± {statistics.stdev(x):.{digits}f}" if len(x) > 1 else "")
                                   if (x := [row[i] for row in rows]) else "")
