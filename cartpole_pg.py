@@ -88,7 +88,7 @@ def parse_flags() -> Args:
         if getattr(args, flag) > 1:
             sys.exit(f"--{flag} {getattr(args, flag)}: must be 1 or less")
     if args.capture_video and not all(map(importlib.util.find_spec, ("pygame", "moviepy"))):
-        sys.exit('--capture-video: needs gymnasium[classic-control] and moviepy: pip install them, or uv run --with each')
+        sys.exit('--capture-video: needs gymnasium[classic-control] and moviepy: pip install both, or uv run --with')
     return args
 
 def random_stream(*key: int) -> torch.Generator:
