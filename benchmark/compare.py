@@ -7,9 +7,9 @@
     uv run benchmark/seeds.py reinforce.py --out runs/seeds         # ... and rloo.py, ppo.py, dpo.py
     uv run benchmark/compare.py runs/seeds/* --save benchmark/algorithms
 
-Folders are named as seeds.py does, {name}{seed}; those of one name are one row and one color. The picture, a line a run: score
-of the training batches over sampled responses; held-out score over KL, a path from the SFT model to the trained one; and what
-the text becomes, distinct-2 and repetition. A run of dpo.py samples once, before it trains: its responses are those of its
+Folders are named as seeds.py does, {name}{seed} or {name}_{seed}; those of one name are one row and one color. The picture,
+a line a run: score of the training batches over sampled responses; held-out score over KL, a path from the SFT model to the
+trained one; and what the text becomes, distinct-2 and repetition. A run of dpo.py samples once, before it trains: its responses are those of its
 pairs, and its curves are a step up or down at that number.
 """
 import argparse
@@ -47,7 +47,7 @@ def draw(groups, path):
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
     (training, frontier), texts = axes
     for color, (name, runs) in zip(itertools.cycle(plt.cm.tab10.colors), groups.items()):
-        labels = itertools.chain([name.rstrip("_") + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")], itertools.repeat(None))
+        labels = itertools.chain([name + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")], itertools.repeat(None))
         for label, (flags, scalars, *_) in zip(labels, runs.values()):
             seen = lambda points: [responses(flags, step) for step, _ in points]
             line = dict(color=color, linewidth=1, alpha=0.8, label=label)
@@ -78,7 +78,7 @@ def main():
     groups = {}
     for folder in args.folders:
         if list(folder.glob("events*")) and (folder / "final").exists():
-            name, seed = re.fullmatch(r"(.*?)(\d+)", folder.name).groups()
+            name, seed = re.fullmatch(r"(.*?)_?(\d+)", folder.name).groups()
             groups.setdefault(name, {})[int(seed)] = read(folder)
         else:
             print(f"{folder}: not finished, left out")
@@ -89,14 +89,14 @@ def main():
         for seed, (flags, scalars, seconds, _) in sorted(runs.items()):
             values = [round(scalars[f"eval/{c}"][i][1], 4) for c in present for i in (0, -1)]
             steps = max(step for step, _ in scalars["charts/learning_rate"])
-            lines.append((name.rstrip('_'), seed, responses(flags, steps), round(seconds), *values))
+            lines.append((name, seed, responses(flags, steps), round(seconds), *values))
         rows = [line[2:] for line in lines[-len(runs):]]
         cell = lambda i, digits: (f"{statistics.mean(x):.{digits}f}" + (f" ± {statistics.stdev(x):.{digits}f}" if len(x) > 1 else "")
                                   if (x := [row[i] for row in rows]) else "")
-        print(f"{name.rstrip('_'):24}{len(runs):6}{rows[0][0]:10}{cell(1, 0):>14}" + "".join(f"{cell(3 + 2 * i, 3):>18}" for i in range(len(present))))
+        print(f"{name:24}{len(runs):6}{rows[0][0]:10}{cell(1, 0):>14}" + "".join(f"{cell(3 + 2 * i, 3):>18}" for i in range(len(present))))
     for name, runs in groups.items():
         sample = min(runs.items())[1][3].split("prompt  ")[1].splitlines()  # of the first seed, the first prompt of its report
-        print(f"\n{name.rstrip('_'):24}" + sample[0].strip(), *(line.strip() for line in sample[1:] if line.strip()), sep=f"\n{'':24}")
+        print(f"\n{name:24}" + sample[0].strip(), *(line.strip() for line in sample[1:] if line.strip()), sep=f"\n{'':24}")
     if args.save:
         with open(args.save.with_suffix(".csv"), "w", newline="") as file:
             csv.writer(file).writerows(lines)
