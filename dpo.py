@@ -277,10 +277,9 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 def pair_logps(args, accelerator, model, rows) -> torch.Tensor:
     """log pi of each row's chosen and rejected answer (B, 2): summed over the tokens, or their mean for simpo."""
-    groups = [(row["ids"], row["chosen"], row["rejected"]) for row in rows]
-    counts = torch.tensor([[len(ids) for ids in answers] for _, *answers in groups], device=accelerator.device)
-    logps = model(*pack(groups, accelerator.device), 1.0).view(-1, 2)
-    return logps / counts if args.loss_type == "simpo" else logps
+    *inputs, lengths = pack([(row["ids"], row["chosen"], row["rejected"]) for row in rows], accelerator.device)
+    logps = model(*inputs, lengths, 1.0).view(-1, 2)
+    return logps / torch.tensor(lengths, device=logps.device)[:, 1:] if args.loss_type == "simpo" else logps
 
 METRICS = ("loss", "accuracies", "margins", "chosen", "rejected", "logps_chosen", "logps_rejected")
 def pair_loss(args, accelerator, model, reference, rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -343,6 +342,7 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
     aside.rename(path)
 
 def main(args: Args) -> None:
+    0 <= args.label_smoothing < 0.5 or sys.exit(f"--label-smoothing {args.label_smoothing}: must be from 0 to under 0.5")
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     cuda = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
