@@ -342,7 +342,7 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
     aside.rename(path)
 
 def main(args: Args) -> None:
-    0 <= args.label_smoothing < 0.5 or sys.exit(f"--label-smoothing {args.label_smoothing}: must be in [0, 0.5)")
+    0 <= args.label_smoothing < 0.5 or sys.exit(f"--label-smoothing {args.label_smoothing}: must be 0 to under 0.5")
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     cuda = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")

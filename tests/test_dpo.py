@@ -250,7 +250,7 @@ def test_eval_only(finished, capsys):
     (["--prompts-per-step", 32], "--dataset: only 40 pairs"),
     (["--reward", "some/model"], "--reward some/model: cannot be loaded as path/file.py:function"),
     (["--k", 1], "--k 1: must be 2 or more"),
-    (["--label-smoothing", 0.5], "--label-smoothing 0.5: must be in [0, 0.5)"),
+    (["--label-smoothing", 0.5], "--label-smoothing 0.5: must be 0 to under 0.5"),
     (["--resume", "."], "no checkpoint of dpo.py"),
 ])
 def test_bad_input(flags, bad, said):
