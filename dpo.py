@@ -11,8 +11,8 @@ For a prompt x with a chosen answer w and a rejected one l, log pi(y) being the 
     h    = [log pi(w) - log pi_ref(w)] - [log pi(l) - log pi_ref(l)]
     loss = - log sigmoid(beta h)                     as if beta [log pi(y) - log pi_ref(y)] were a reward model's score
 Rafailov et al. 2023, arXiv 2305.18290; other losses: see dpo_loss. Both answers share one pass over their prompt.
-    accelerate launch dpo.py      # SmolLM2's own best and worst answers by VADER; offline: score 0.29 -> 0.67
-    accelerate launch dpo.py --dataset pairs.jsonl --eval-dataset test.jsonl --chat --max-length 1024 --epochs 1
+    accelerate launch dpo.py      # SmolLM2's own good and bad answers by VADER; offline: score 0.29 -> 0.67
+    accelerate launch dpo.py --dataset pairs.jsonl --eval-dataset test.jsonl --chat --max-length 1024
 Left out on purpose: LoRA, an SFT term, sampling new pairs while training.
 """
 import copy, ctypes, dataclasses, importlib.util, math, os, pathlib, runpy, shutil, sys, time, traceback, typing
@@ -32,7 +32,7 @@ class Args:
     label_smoothing: float = 0.0  # assumed share of wrong labels, under 0.5 (sigmoid, robust, simpo)
     simpo_margin: float = 0.5  # gamma of simpo
     precompute_ref: bool = False  # ask the reference before training; a GPU has it until the first evaluation
-    k: int = 8  # built-in pairs: answers that the policy samples a prompt, of which best and worst are a pair
+    k: int = 8  # built-in pairs: answers that the policy samples a prompt; k // 2 pairs of good and bad (ranked_pairs)
     temperature: float = 1.0  # of sampling
     max_new_tokens: int = 24  # longest sampled answer, in tokens
     max_length: int = 512  # pairs of the dataset with a longer text, prompt and answer, in tokens, are dropped, counted
@@ -40,7 +40,7 @@ class Args:
     micro_batch_size: int = 4  # pairs in a forward and backward pass, over all processes: bounds the memory
     learning_rate: float = 2e-5  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up
-    epochs: int = 2  # passes over the pairs
+    epochs: int = 1  # passes over the pairs
     total_steps: int = 0  # optimizer steps; 0: as many as --epochs take
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
     eval_prompts: int = 60  # held out for evaluation (built-in: 10 a subject, so 6 subjects); answered before and after
@@ -244,18 +244,18 @@ def sample_answers(args, accelerator, model, tokenizer, rows, k, uniforms) -> li
     eos = model.generation_config.eos_token_id
     return [answer[:next((i for i, token in enumerate(answer, 1) if token in eos), None)] for answer in answers]
 
-def best_and_worst(args, accelerator, model, tokenizer, rows, judge) -> list[dict]:
-    """The built-in pairs: of k answers by the policy, the one that scores best and the one that scores worst."""
+def ranked_pairs(args, accelerator, model, tokenizer, rows, judge, most=None) -> list[dict]:
+    """The built-in pairs of a prompt, `most` at most: best and worst of k answers, second best and worst, and on."""
     numbers = torch.rand(len(rows), args.k, args.max_new_tokens, generator=random_stream(args.seed, 3, len(rows)))
+    found = []
     for i in accelerate.utils.tqdm(range(0, len(rows), 16), desc="sampling answers"):
         batch, uniforms = rows[i:i + 16], numbers[i:i + 16].flatten(0, 1)
         ids = sample_answers(args, accelerator, model, tokenizer, batch, args.k, uniforms)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answers = list(zip(judge([row for row in batch for _ in range(args.k)], texts), ids))
+        scores = judge([x for x in batch for _ in range(args.k)], tokenizer.batch_decode(ids, skip_special_tokens=True))
         for j, row in enumerate(batch):
-            own = answers[j * args.k:(j + 1) * args.k]
-            (row["worst"], row["rejected"]), (row["best"], row["chosen"]) = min(own), max(own)
-    return accelerate.utils.broadcast_object_list([[row for row in rows if row["worst"] < row["best"]]])[0]
+            own = sorted(list(zip(scores, ids))[j * args.k:(j + 1) * args.k])
+            found += [dict(row, rejected=a, chosen=b) for (x, a), (y, b) in zip(own[:most], own[::-1]) if x < y]
+    return accelerate.utils.broadcast_object_list([found])[0]
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
              loss_type="sigmoid", label_smoothing=0.0, simpo_margin=0.0) -> tuple[torch.Tensor, ...]:
@@ -376,8 +376,8 @@ def main(args: Args) -> None:
             module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
     reference = accelerator.prepare_model(AnswerLogps(reference), evaluation_mode=True)
     if not args.dataset:
-        sample = lambda rows: best_and_worst(args, accelerator, model, tokenizer, rows, judge)
-        train, held_out = [] if args.eval_only else sample(train), held_out if args.eval_dataset else sample(held_out)
+        pick = lambda rows, *most: ranked_pairs(args, accelerator, model, tokenizer, rows, judge, *most)
+        train, held_out = [] if args.eval_only else pick(train), held_out if args.eval_dataset else pick(held_out, 1)
     accelerator.print(f"{len(train)} training pairs, {len(held_out)} held out, {dropped} dropped (bad or too long)")
     if min(split, len(train)) < (0 if args.eval_only else args.prompts_per_step) or args.eval_only and not held_out:
         sys.exit(f"--dataset: only {len(rows)} pairs fit --max-length; --eval-prompts and a step need more")

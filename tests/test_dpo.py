@@ -215,18 +215,31 @@ def test_micro_batches_and_processes_change_nothing(finished, flags, tmp_path):
         assert scalars(out, "rewards/margins")[1] == pytest.approx(scalars(finished, "rewards/margins")[1], abs=1e-4)
 
 
-def test_built_in_pairs_are_best_and_worst(tiny_flags, flags, tmp_path, monkeypatch, capsys):
+def test_built_in_pairs_are_ranked_from_both_ends(monkeypatch):
+    """Seventeen prompts of two batches: five answers each that score what their one token is; the last prompt's are equal."""
+    monkeypatch.setattr(dpo, "sample_answers", lambda args, accelerator, model, tokenizer, rows, k, uniforms:
+                        [[token] for row in rows for token in ([3, 1, 5, 2, 4] if row["n"] < 16 else [7] * 5)])
+    inputs = dpo.Args(k=5), accelerate.Accelerator(cpu=True), None, byte_tokenizer(), [dict(n=n) for n in range(17)]
+    monkeypatch.setattr(inputs[3], "batch_decode", lambda ids, **_: [str(x) for x, in ids], raising=False)
+    score = lambda rows, texts: [float(text) for text in texts]
+    pairs = [dict(n=n, rejected=[a], chosen=[b]) for n in range(16) for a, b in ((1, 5), (2, 4))]
+    assert dpo.ranked_pairs(*inputs, score) == pairs  # the middle one is in none
+    assert dpo.ranked_pairs(*inputs, score, 1) == pairs[::2]
+
+
+def test_a_run_on_built_in_pairs(tiny_flags, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dpo, "SUBJECTS", dpo.SUBJECTS[:4])
-    seen, real = [], dpo.best_and_worst
-    monkeypatch.setattr(dpo, "best_and_worst", lambda *x: seen.append(real(*x)) or seen[-1])
+    seen, real = [], dpo.ranked_pairs
+    monkeypatch.setattr(dpo, "ranked_pairs", lambda *x: seen.append(real(*x)) or seen[-1])
     skip = flags.index("--dataset")
     run_script(dpo, *flags[:skip], *flags[skip + 2:], "--epochs", 1, "--eval-every", 100, "--output-dir", tmp_path / "o")
     train, held_out = seen
-    assert 25 < len(train) <= 30 and len(held_out) <= 10 and f"{len(train)} training pairs" in capsys.readouterr().out
+    assert 50 < len(train) <= 120 and len(held_out) <= 10 and f"{len(train)} training pairs" in capsys.readouterr().out
     tokenizer, judge = byte_tokenizer(), dpo.make_judge("--reward", tiny_flags[1])
-    for row in train:
-        texts = tokenizer.batch_decode([row["chosen"], row["rejected"]], skip_special_tokens=True)
-        assert judge([row, row], texts) == pytest.approx([row["best"], row["worst"]])
+    for row in train + held_out:
+        better, worse = judge([row, row], tokenizer.batch_decode([row["chosen"], row["rejected"]], skip_special_tokens=True))
+        assert better > worse
+    assert len({str(row["prompt"]) for row in held_out}) == len(held_out)
     assert {str(row["prompt"]) for row in train}.isdisjoint(str(row["prompt"]) for row in held_out)
 
 
