@@ -253,7 +253,7 @@ def ranked_pairs(args, accelerator, model, tokenizer, rows, judge, most=None) ->
         ids = sample_answers(args, accelerator, model, tokenizer, batch, args.k, uniforms)
         scores = judge([x for x in batch for _ in range(args.k)], tokenizer.batch_decode(ids, skip_special_tokens=True))
         for j, row in enumerate(batch):
-            own = sorted(list(zip(scores, ids))[j * args.k:(j + 1) * args.k])
+            own = sorted(zip(scores[j * args.k:(j + 1) * args.k], ids[j * args.k:]))
             found += [dict(row, rejected=a, chosen=b) for (x, a), (y, b) in zip(own[:most], own[::-1]) if x < y]
     return accelerate.utils.broadcast_object_list([found])[0]
 
