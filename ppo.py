@@ -13,7 +13,7 @@ For each prompt x sample responses y from the policy pi, then called pi_old; V(t
     loss = - mean_t min(ratio A_t, clip(ratio, 1 +- cliprange) A_t)     with ratio = pi(y_t) / pi_old(y_t)
            + vf_coef / 2 * mean_t (V(t) - A_t - V_old(t))^2             with A_t not whitened, V clipped around V_old
 --epochs times over the samples, each in --minibatches steps. The critic starts as the classifier of --reward or, where
-that has other tokens or is none, as the policy with a head of 0. Details: Huang et al. 2024, arXiv 2403.17031 ("N+").
+that has other tokens or is none, as the policy; a new head is 0. Details: Huang et al. 2024, arXiv 2403.17031 ("N+").
     accelerate launch ppo.py         # SmolLM2-135M learns to write cheerfully, offline: 0.34 -> 0.70 in 20 minutes
     accelerate launch ppo.py --reward runs/reward_model__1__1767225600/final --eval-reward vader
 Left out on purpose: adaptive KL, reward whitening, a score for no EOS, a critic that shares layers, LoRA, vLLM, top-p.
@@ -37,7 +37,7 @@ class Args:
     gamma: float = 1.0  # discount of later rewards
     lam: float = 0.95  # of GAE: 0 trusts the critic, 1 the rewards that were seen
     cliprange: float = 0.2  # nothing pushes a ratio further than this from 1, nor a value from the old one
-    vf_coef: float = 0.1  # weight of the value loss: matters to the critic's --max-grad-norm only, Adam does the rest
+    vf_coef: float = 0.1  # weight of the value loss: scales what the critic's --max-grad-norm and Adam's eps (1e-5) see
     temperature: float = 1.0  # of sampling, and so of the log-probabilities that are trained
     max_new_tokens: int = 24  # longest response, in tokens
     max_prompt_length: int = 256  # longer prompts, in tokens, are dropped (and counted)
@@ -135,9 +135,8 @@ def make_scorer(flag, spec, device):
     """What --reward names, as score(rows, texts) -> list of floats; of K > 1 labels, sum_i i p_i with i = 1 .. K."""
     file, _, name = spec.rpartition(":")
     if spec == "vader":
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        vader = SentimentIntensityAnalyzer()
-        scorer = lambda rows, texts: [vader.polarity_scores(text)["compound"] for text in texts]
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer as Vader
+        scorer = lambda rows, texts, vader=Vader(): [vader.polarity_scores(x)["compound"] for x in texts]
     elif file.endswith(".py"):
         try:
             reward = runpy.run_path(file)[name]
@@ -362,7 +361,7 @@ def main(args: Args) -> None:
     same_tokens = tokenizer.get_vocab().items() <= load(transformers.AutoTokenizer, scorer).get_vocab().items()
     critic_model, info = load(transformers.AutoModelForTokenClassification, scorer if same_tokens else args.model,
                               num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True, **options)
-    for name in {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])}:
+    for name in {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])}:  # a new head
         torch.nn.init.zeros_(critic_model.get_parameter(name))
     local_policy, done = TokenOutputs(model), 0
     policy, critic = accelerator.prepare(local_policy, TokenOutputs(critic_model.eval()))
@@ -370,6 +369,8 @@ def main(args: Args) -> None:
     if args.resume:
         model.load_state_dict(load(transformers.AutoModelForCausalLM, args.resume).state_dict())
         state = torch.load(pathlib.Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
+        if [x.shape for x in state["critic"].values()] != [x.shape for x in critic_model.state_dict().values()]:
+            sys.exit(f"--reward {args.reward}: not that of the checkpoint's critic, {state['args']['reward']}")
         critic_model.load_state_dict(state["critic"]), optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
     if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
@@ -403,9 +404,8 @@ def main(args: Args) -> None:
             (logprobs, ref_logprobs, values), mask = map(torch.cat, zip(*old)), inputs[3]
             rewards = token_rewards(scores, logprobs, ref_logprobs, mask, args.kl_coef)
             advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-            advantages = masked_whiten(advantages, mask, accelerator.reduce)
-            tensors, updates = (*inputs, logprobs, advantages, values, returns), []
-            take = lambda i: (x.unflatten(0, (size, -1))[i::args.minibatches].flatten(0, 1) for x in tensors)
+            data, logs = (*inputs, logprobs, masked_whiten(advantages, mask, accelerator.reduce), values, returns), []
+            take = lambda i: (x.unflatten(0, (size, -1))[i::args.minibatches].flatten(0, 1) for x in data)
             for minibatch in [list(split(*take(i))) for i in range(args.minibatches)] * args.epochs:
                 tokens, metrics = accelerator.reduce(sum(part[3].sum() for part in minibatch)) / processes, 0.0
                 for *batch, old_logprobs, part_advantages, old_values, part_returns in minibatch:
@@ -420,11 +420,11 @@ def main(args: Args) -> None:
                     metrics += share * torch.stack(means).detach()
                 norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), args.max_grad_norm) for m in (policy, critic)]
                 math.isfinite(sum(norms)) or sys.exit(f"step {step}: gradient norm {sum(norms)}; lower --learning-rate")
-                optimizer.step(), optimizer.zero_grad(), updates.append(torch.cat([metrics, torch.stack(norms)]))
+                optimizer.step(), optimizer.zero_grad(), logs.append(torch.cat([metrics, torch.stack(norms)]))
             done, last, kl = step + 1, step + 1 == args.total_steps, sequence_kl(logprobs, ref_logprobs, mask).mean()
             names = "loss/policy loss/value policy/approxkl policy/clipfrac policy/ratio policy/grad_norm val/grad_norm"
             metrics = {"objective/scores": scores.mean(), "objective/kl": kl, "charts/learning_rate": lr,
-                       **dict(zip(names.split(), torch.stack(updates).mean(0))),
+                       **dict(zip(names.split(), torch.stack(logs).mean(0))),
                        "objective/entropy": -logprobs.sum() / mask.sum(),  # nats a token, of the samples: unbiased
                        "objective/non_score_reward": -args.kl_coef * kl, "objective/rlhf_reward": rewards.sum(1).mean(),
                        "charts/samples_per_second": args.prompts_per_step * k / (time.time() - begin),
@@ -440,9 +440,9 @@ def main(args: Args) -> None:
             for tag, value in metrics.items() if writer else ():
                 (writer.add_text if isinstance(value, str) else writer.add_scalar)(tag, value, done)
             writer and writer.flush()  # its thread would lose the last ones at exit
-    except SystemExit as error:  # a scorer or a gradient failed: the last finite weights (of half a step?) are kept
+    except SystemExit as error:  # a scorer or a gradient failed: finite weights, perhaps of half a step, are kept
         path = output_dir / f"checkpoint-{done}"
-        writer and save_as(path.name), "gradient" in f"{error}" and accelerator.wait_for_everyone()
+        path.exists() or writer and save_as(path.name), "gradient" in f"{error}" and accelerator.wait_for_everyone()
         sys.exit(f"{error}" + f"; once mended, --resume {path}" * path.exists())
     accelerator.print(report(evaluations, held_out) if evaluations else "")
 

@@ -9,7 +9,7 @@
 
 For each prompt x sample responses y from the policy pi; a whole response is one action:
     R    = score(x, y) - kl_coef * sum_t [log pi(y_t) - log pi_ref(y_t)]    reward, the KL inside (detached)
-    A    = R - b,  and then  b <- decay * b + (1 - decay) * mean R          advantage; b is of earlier batches
+    A    = R - b,  and then  b <- decay * b + (1 - decay) * mean R          advantage; b: of earlier batches
     loss = - mean of A * sum_t log pi(y_t)                                  its gradient is that of - E[R]
 log pi(y) sums over the tokens of y, EOS included. Williams 1992; Ahmadian et al. 2024, arXiv 2402.14740, section 2.2.
     accelerate launch reinforce.py              # SmolLM2-135M learns to write cheerfully, offline: score 0.29 -> 0.75
@@ -30,7 +30,7 @@ class Args:
     reward: str = "vader"  # vader, a sequence classifier (hub id or directory), or path/file.py:function
     eval_reward: str | None = None  # a second scorer, for evaluation only: the gold one a learned reward imitates
     k: int = 4  # responses a prompt, which is run once for all of them; 1: the textbook's REINFORCE
-    baseline: typing.Literal["ema", "batch", "none"] = "ema"  # of past batches; of this one (one more forward); 0
+    baseline: typing.Literal["ema", "batch", "none"] = "ema"  # of past batches; of this one (gradient x (1 - 1/N)); 0
     baseline_decay: float = 0.9  # weight of the past in ema
     kl_coef: float = 0.05  # weight of the KL from the reference in the reward
     temperature: float = 1.0  # of sampling, and so of the log-probabilities that are trained
@@ -132,9 +132,8 @@ def make_scorer(flag, spec, device):
     """What --reward names, as score(rows, texts) -> list of floats; of K > 1 labels, sum_i i p_i with i = 1 .. K."""
     file, _, name = spec.rpartition(":")
     if spec == "vader":
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        vader = SentimentIntensityAnalyzer()
-        scorer = lambda rows, texts: [vader.polarity_scores(text)["compound"] for text in texts]
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer as Vader
+        scorer = lambda rows, texts, vader=Vader(): [vader.polarity_scores(x)["compound"] for x in texts]
     elif file.endswith(".py"):
         try:
             reward = runpy.run_path(file)[name]
@@ -340,7 +339,7 @@ def main(args: Args) -> None:
         model.load_state_dict(load(transformers.AutoModelForCausalLM, args.resume).state_dict())
         state = torch.load(pathlib.Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-        done, baseline = state["step"], state["baseline"]
+        done, baseline = state["step"], state["baseline"] if state["args"]["baseline"] == args.baseline else baseline
     if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
         ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
     run_evaluation = lambda model: evaluate_penalized(args, accelerator, model, reference, tokenizer, held_out, scorers)
@@ -369,10 +368,10 @@ def main(args: Args) -> None:
             kl, entropy, loss = torch.zeros_like(scores), torch.zeros_like(scores), 0.0
             mean_reward = lambda: accelerator.reduce((scores - args.kl_coef * kl).mean(), "mean").item()
             parts = list(zip(*(x.split(len(x) * micro // size) for x in (*inputs, scores, kl, entropy))))
-            for *batch, _, part_kl, _ in parts if args.baseline == "batch" else ():  # it needs all rewards beforehand
+            for *batch, _, part_kl, _ in parts if baseline is None else ():  # it needs all rewards beforehand
                 logprobs = local_policy(*batch, args.temperature).detach()
                 part_kl[:] = sequence_kl(logprobs, reference(*batch, args.temperature), batch[3])
-            b = mean_reward() if baseline is None else baseline  # ema starts from the first batch, whose KL is 0
+            b = mean_reward() if baseline is None else baseline  # ema starts from the first batch
             for *batch, part_scores, part_kl, part_entropy in parts:  # the last two are views
                 with accelerator.accumulate(policy):
                     ref_logprobs = reference(*batch, args.temperature)  # its weights ask for no gradient

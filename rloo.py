@@ -132,9 +132,8 @@ def make_scorer(flag, spec, device):
     """What --reward names, as score(rows, texts) -> list of floats; of K > 1 labels, sum_i i p_i with i = 1 .. K."""
     file, _, name = spec.rpartition(":")
     if spec == "vader":
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        vader = SentimentIntensityAnalyzer()
-        scorer = lambda rows, texts: [vader.polarity_scores(text)["compound"] for text in texts]
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer as Vader
+        scorer = lambda rows, texts, vader=Vader(): [vader.polarity_scores(x)["compound"] for x in texts]
     elif file.endswith(".py"):
         try:
             reward = runpy.run_path(file)[name]

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -75,6 +76,11 @@ def run_script(script, *flags):
         return script.main(script.parse_args())
     finally:
         sys.argv = argv
+
+
+def grad_norm(out):
+    """Of a run's first step, before clipping: the clipped gradients of two runs may be equal where these are not."""
+    return EventAccumulator(str(out)).Reload().Scalars("policy/grad_norm")[0].value
 
 
 @pytest.fixture

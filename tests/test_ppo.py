@@ -178,6 +178,26 @@ def test_at_the_first_minibatch_the_ratio_is_one_and_nothing_is_clipped(one_upda
     assert abs(scalars(out, "loss/policy")[0]) < 1e-6  # minus the mean of whitened advantages
 
 
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 0.05)])
+def test_unchanged_weights_keep_the_ratio_at_one_in_other_minibatches(one_update, precision, tolerance):
+    out = one_update[0]("--prompts-per-step", 8, "--minibatches", 2, "--learning-rate", 0, "--precision", precision)
+    assert scalars(out, "policy/ratio")[0] == pytest.approx(1, abs=tolerance) and scalars(out, "policy/clipfrac") == [0]
+    assert scalars(out, "policy/approxkl")[0] < tolerance ** 2
+
+
+def test_clipfrac_and_approxkl_are_of_the_second_update(tiny_flags, tmp_path, monkeypatch):
+    """approxkl is the mean of half the squared log-ratio (k2), clipfrac the share of ratios over 0.2 from 1."""
+    seen, real = [], ppo.ppo_policy_loss
+    monkeypatch.setattr(ppo, "ppo_policy_loss", lambda *x: seen.append((x[0] - x[1])[x[3].bool()].detach()) or real(*x))
+    flags = ["--epochs", 2, "--minibatches", 1, "--micro-batch-size", 4, "--total-steps", 1, "--learning-rate", 0.03, "--warmup-steps", 0]
+    run_script(ppo, *tiny_flags, *flags, "--output-dir", tmp_path / "o")
+    assert len(seen) == 2 and not seen[0].any()
+    log_ratio = seen[1]
+    assert scalars(tmp_path / "o", "policy/approxkl")[0] == pytest.approx((log_ratio ** 2).mean().item() / 2 / 2, rel=1e-4)  # of two updates
+    clipped = ((log_ratio.exp() < 0.8) | (log_ratio.exp() > 1.2)).float().mean().item()
+    assert scalars(tmp_path / "o", "policy/clipfrac")[0] == pytest.approx(clipped / 2, rel=1e-4) and 0 < clipped < 1
+
+
 def test_the_value_loss_changes_nothing_in_the_policy(one_update):
     go, out = one_update
     other = go("--vf-coef", 0)
@@ -235,6 +255,11 @@ def test_the_critic_starts_from_the_reward_model(tiny, tiny_flags, tmp_path, lab
     assert all(torch.equal(critic[name], expected[name]) for name in expected if name != "score.weight")
     assert torch.equal(critic["score.weight"], expected["score.weight"] if labels == 1 else torch.zeros(1, 32))
     assert critic["score.bias"] == 0
+    if labels == 1:  # the critic is as large as the reward model, whose vocabulary is its own
+        scorer.resize_token_embeddings(scorer.config.vocab_size + 1)
+        scorer.save_pretrained(tmp_path / "rm")
+        with pytest.raises(SystemExit, match="--reward .*: not that of the checkpoint's critic"):
+            run_script(ppo, "--resume", tmp_path / "o/final", "--total-steps", 2)
 
 
 def test_a_classifier_with_other_tokens_is_no_critic(tiny, tiny_flags, tmp_path):
@@ -247,6 +272,7 @@ def test_a_classifier_with_other_tokens_is_no_critic(tiny, tiny_flags, tmp_path)
     run_script(ppo, *tiny_flags, "--reward", tmp_path / "rm", "--learning-rate", 0, "--total-steps", 1, "--output-dir", tmp_path / "o")
     critic, policy = weights(tmp_path / "o/final"), load_file(Path(tiny, "model.safetensors"))
     assert all(torch.equal(critic[f"critic.{name}"], w) for name, w in policy.items() if name != "lm_head.weight")
+    assert not critic["critic.score.weight"].any() and not critic["critic.score.bias"].any()  # a new head
 
 
 def test_it_learns(tiny_flags, tmp_path):
@@ -271,9 +297,8 @@ def test_bad_input(flags, said, tiny_flags):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(finished, tmp_path, monkeypatch):
     flags, out = finished
-    calls = []
-    real = ppo.ppo_value_loss
-    monkeypatch.setattr(ppo, "ppo_value_loss", lambda *x: calls.append(1) or real(*x) * (float("nan") if len(calls) > 8 else 1))
+    calls, real = [], ppo.ppo_value_loss  # a call an update, four a step: the third step has one good one
+    monkeypatch.setattr(ppo, "ppo_value_loss", lambda *x: calls.append(1) or real(*x) * (float("nan") if len(calls) > 9 else 1))
     with pytest.raises(SystemExit, match="lower --learning-rate; once mended, --resume .*checkpoint-2"):
         run_script(ppo, *flags, "--output-dir", tmp_path / "o")
     assert same(tmp_path / "o/checkpoint-2", out / "checkpoint-2")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script, tiny_gpt2, tiny_llama
+from conftest import grad_norm, run_script, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_math import EOS, left_pad
@@ -56,6 +56,18 @@ def test_any_constant_baseline_has_the_exact_expected_gradient(baseline):
     for a, b in zip(exact, estimate):
         assert (a - b).abs().max() < 1e-5 * max(1, a.abs().max())
     assert max(a.abs().max() for a in exact) > 1e-2
+
+
+def test_the_batch_mean_as_baseline_has_half_the_gradient_of_two_samples():
+    """The mean contains the sample itself: over all pairs of responses, E[grad] is 1 - 1/2 of the exact one."""
+    logits, scores = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 3.0, -2.0])
+    log_p = logits.log_softmax(0)
+    exact, = torch.autograd.grad(-(log_p.exp() * scores).sum(), logits, retain_graph=True)
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    losses = [log_p[pair].sum().exp().detach() * reinforce_loss(log_p[pair, None], torch.ones(2, 1), scores[pair] - scores[pair].mean())
+              for pair in pairs]
+    estimate, = torch.autograd.grad(sum(losses), logits)
+    assert torch.allclose(estimate, exact / 2) and exact.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
@@ -116,6 +128,25 @@ def test_resume_is_bit_exact_the_baseline_included(finished, tmp_path):
     assert a == b
 
 
+@pytest.mark.parametrize("finished", ["ema"], indirect=True)
+@pytest.mark.parametrize("baseline", ["none", "batch"])
+def test_resume_with_another_baseline_takes_that_one(finished, tmp_path, baseline):
+    shutil.copytree(finished[2] / "checkpoint-2", tmp_path / "checkpoint-2")
+    run_script(reinforce, "--resume", tmp_path / "checkpoint-2", "--baseline", baseline)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    used, reward = ([e.value for e in events.Scalars(f"objective/{tag}")] for tag in ("baseline", "rlhf_reward"))
+    assert used == pytest.approx([0.0] * 2 if baseline == "none" else reward, abs=1e-5)
+
+
+@pytest.mark.parametrize("finished", ["none"], indirect=True)
+def test_ema_begun_in_the_middle_starts_from_that_batch(finished, tmp_path):
+    shutil.copytree(finished[2] / "checkpoint-2", tmp_path / "checkpoint-2")
+    run_script(reinforce, "--resume", tmp_path / "checkpoint-2", "--baseline", "ema")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    used, reward = ([e.value for e in events.Scalars(f"objective/{tag}")] for tag in ("baseline", "rlhf_reward"))
+    assert used == pytest.approx([reward[0]] * 2, abs=1e-5) and abs(events.Scalars("objective/kl")[0].value) > 1e-4
+
+
 def first_gradient(out):
     state = torch.load(Path(out, "checkpoint-1/trainer_state.pt"))["optimizer"]["state"]
     gradient = torch.cat([state[i]["exp_avg"].flatten() / 0.1 for i in state])
@@ -126,6 +157,7 @@ def first_gradient(out):
 def test_micro_batches_change_nothing(finished, tmp_path):
     _, flags, out = finished
     run_script(reinforce, *flags, "--micro-batch-size", 4, "--total-steps", 1, "--output-dir", tmp_path / "o", "--eval-prompts", 10)
+    assert grad_norm(tmp_path / "o") == pytest.approx(grad_norm(out), rel=1e-4)
     expected = first_gradient(out)
     state = torch.load(tmp_path / "o/final/trainer_state.pt")["optimizer"]["state"]
     gradient = torch.cat([state[i]["exp_avg"].flatten() / 0.1 for i in state])
@@ -134,12 +166,15 @@ def test_micro_batches_change_nothing(finished, tmp_path):
 
 def test_two_processes_equal_one(finished, tmp_path):
     baseline, flags, out = finished
-    if baseline != "batch":
-        pytest.skip("the other baselines use less of the other process")
+    if baseline == "none":
+        pytest.skip("it needs nothing of the other process but the gradient")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(28900 + os.getpid() % 500),
                reinforce.__file__, *map(str, flags), "--total-steps", "2", "--output-dir", str(tmp_path / "o")]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     assert result.returncode == 0, result.stderr[-3000:]
+    assert grad_norm(tmp_path / "o") == pytest.approx(grad_norm(out), rel=1e-4)
+    used = [[e.value for e in EventAccumulator(str(o)).Reload().Scalars("objective/baseline")] for o in (out, tmp_path / "o")]
+    assert used[1] == pytest.approx(used[0][:2], abs=1e-4)
     expected = first_gradient(out)
     assert (first_gradient(tmp_path / "o") - expected).abs().max() < 1e-5 * expected.abs().max()
 

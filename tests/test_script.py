@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
+from conftest import byte_tokenizer, grad_norm, tiny_llama
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, pipeline
@@ -111,6 +111,7 @@ def first_gradient(out):
 def test_micro_batches_change_nothing(finished, tiny_flags, run, tmp_path, size):
     """Gradients, not weights: where a gradient is rounding error, Adam makes a whole step of it."""
     run(*tiny_flags, "--micro-batch-size", size, "--save-every", 1, "--output-dir", tmp_path / "o")
+    assert grad_norm(tmp_path / "o") == pytest.approx(grad_norm(finished[0]), rel=1e-4)
     expected = first_gradient(finished[0])
     assert (first_gradient(tmp_path / "o") - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -119,6 +120,7 @@ def test_two_processes_equal_one(finished, tiny_flags, tmp_path):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29400 + os.getpid() % 500)
     result = cli(*tiny_flags, "--save-every", 1, "--output-dir", tmp_path, launcher=launcher, env={"ACCELERATE_USE_CPU": "true"})
     assert result.returncode == 0, result.stderr[-3000:]
+    assert grad_norm(tmp_path) == pytest.approx(grad_norm(finished[0]), rel=1e-4)
     expected = first_gradient(finished[0])
     assert (first_gradient(tmp_path) - expected).abs().max() < 1e-5 * expected.abs().max()
     table = lambda text: [line for line in text.splitlines() if line.startswith(("SFT", "trained"))]
