@@ -12,8 +12,8 @@ For each prompt x sample responses y from the policy pi, then called pi_old; V(t
     A_t  = sum_l (gamma lam)^l * [r_t+l + gamma V(t+l+1) - V(t+l)], whitened over the batch         advantage (GAE)
     loss = - mean_t min(ratio A_t, clip(ratio, 1 +- cliprange) A_t)     with ratio = pi(y_t) / pi_old(y_t)
            + vf_coef / 2 * mean_t (V(t) - A_t - V_old(t))^2             with A_t not whitened, V clipped around V_old
---epochs times over the samples, each in --minibatches steps. The critic starts as the classifier of --reward or, where
-that has other tokens or is none, as the policy; a new head is 0. Details: Huang et al. 2024, arXiv 2403.17031 ("N+").
+--epochs times over the samples, each in --minibatches steps. The critic starts as the classifier of --reward, or as the
+policy; a new head at the mean score: V moves by cliprange a step at most. Huang et al. 2024, arXiv 2403.17031 ("N+").
     accelerate launch ppo.py         # SmolLM2-135M learns to write cheerfully, offline: 0.34 -> 0.70 in 20 minutes
     accelerate launch ppo.py --reward runs/reward_model__1__1767225600/final --eval-reward vader
 Left out on purpose: adaptive KL, reward whitening, a score for no EOS, a critic that shares layers, LoRA, vLLM, top-p.
@@ -361,8 +361,8 @@ def main(args: Args) -> None:
     same_tokens = tokenizer.get_vocab().items() <= load(transformers.AutoTokenizer, scorer).get_vocab().items()
     critic_model, info = load(transformers.AutoModelForTokenClassification, scorer if same_tokens else args.model,
                               num_labels=1, ignore_mismatched_sizes=True, output_loading_info=True, **options)
-    for name in {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])}:  # a new head
-        torch.nn.init.zeros_(critic_model.get_parameter(name))
+    new = sorted({*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])})
+    head = [torch.nn.init.zeros_(critic_model.get_parameter(name)) for name in new]  # its bias, or bias and weight
     local_policy, done = TokenOutputs(model), 0
     policy, critic = accelerator.prepare(local_policy, TokenOutputs(critic_model.eval()))
     optimizer = torch.optim.AdamW([*policy.parameters(), *critic.parameters()], eps=1e-5, weight_decay=0.0, fused=True)
@@ -398,6 +398,7 @@ def main(args: Args) -> None:
             uniforms = torch.rand(processes, size * k, args.max_new_tokens, generator=random_stream(args.seed, 3, step))
             inputs, responses, texts = sample_responses(args, accelerator, model, tokenizer, rows, k, uniforms[rank])
             scores = torch.tensor(scorers["score"]([row for row in rows for _ in range(k)], texts), device=device)
+            step or len(head) < 2 or head[0].data.fill_(accelerator.reduce(scores.mean(), "mean"))  # a new head's start
             split = lambda *parts: zip(*(x.split(len(x) * micro // len(parts[0])) for x in parts))  # into micro-batches
             with torch.no_grad():
                 old = [[f(*part, args.temperature) for f in (policy, reference, critic)] for part in split(*inputs)]
@@ -423,12 +424,11 @@ def main(args: Args) -> None:
                 optimizer.step(), optimizer.zero_grad(), logs.append(torch.cat([metrics, torch.stack(norms)]))
             done, last, kl = step + 1, step + 1 == args.total_steps, sequence_kl(logprobs, ref_logprobs, mask).mean()
             names = "loss/policy loss/value policy/approxkl policy/clipfrac policy/ratio policy/grad_norm val/grad_norm"
-            metrics = {"objective/scores": scores.mean(), "objective/kl": kl, "charts/learning_rate": lr,
-                       **dict(zip(names.split(), torch.stack(logs).mean(0))),
-                       "objective/entropy": -logprobs.sum() / mask.sum(),  # nats a token, of the samples: unbiased
+            metrics = {"objective/scores": scores.mean(), **dict(zip(names.split(), torch.stack(logs).mean(0))),
+                       "objective/entropy": -logprobs.sum() / mask.sum(), "charts/learning_rate": lr,
                        "objective/non_score_reward": -args.kl_coef * kl, "objective/rlhf_reward": rewards.sum(1).mean(),
                        "charts/samples_per_second": args.prompts_per_step * k / (time.time() - begin),
-                       **{f"val/{name}": value for name, value in text_statistics(responses, eos).items()}}
+                       "objective/kl": kl, **{f"val/{n}": x for n, x in text_statistics(responses, eos).items()}}
             means = torch.tensor(list(metrics.values()), device=device)
             metrics = dict(zip(metrics, accelerator.reduce(means, "mean").tolist()))
             bar.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.1f}")

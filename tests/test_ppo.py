@@ -254,7 +254,8 @@ def test_the_critic_starts_from_the_reward_model(tiny, tiny_flags, tmp_path, lab
     critic, expected = torch.load(tmp_path / "o/final/trainer_state.pt")["critic"], scorer.state_dict()
     assert all(torch.equal(critic[name], expected[name]) for name in expected if name != "score.weight")
     assert torch.equal(critic["score.weight"], expected["score.weight"] if labels == 1 else torch.zeros(1, 32))
-    assert critic["score.bias"] == 0
+    mean_score = scalars(tmp_path / "o", "objective/scores")[0]  # of the first batch: where a new head starts
+    assert critic["score.bias"].item() == pytest.approx(0 if labels == 1 else mean_score, abs=1e-6) and abs(mean_score) > 0.1
     if labels == 1:  # the critic is as large as the reward model, whose vocabulary is its own
         scorer.resize_token_embeddings(scorer.config.vocab_size + 1)
         scorer.save_pretrained(tmp_path / "rm")
@@ -272,16 +273,18 @@ def test_a_classifier_with_other_tokens_is_no_critic(tiny, tiny_flags, tmp_path)
     run_script(ppo, *tiny_flags, "--reward", tmp_path / "rm", "--learning-rate", 0, "--total-steps", 1, "--output-dir", tmp_path / "o")
     critic, policy = weights(tmp_path / "o/final"), load_file(Path(tiny, "model.safetensors"))
     assert all(torch.equal(critic[f"critic.{name}"], w) for name, w in policy.items() if name != "lm_head.weight")
-    assert not critic["critic.score.weight"].any() and not critic["critic.score.bias"].any()  # a new head
+    assert not critic["critic.score.weight"].any()  # a new head: V is the mean score everywhere
+    assert critic["critic.score.bias"].item() == pytest.approx(scalars(tmp_path / "o", "objective/scores")[0], abs=1e-6) != 0
 
 
 def test_it_learns(tiny_flags, tmp_path):
     flags = ["--total-steps", 25, "--max-new-tokens", 6, "--prompts-per-step", 8, "--micro-batch-size", 4, "--kl-coef", 0.01, "--eval-every", 25]
-    run_script(ppo, *tiny_flags, *flags, "--learning-rate", 3e-3, "--output-dir", tmp_path / "o")
-    before, after = scalars(tmp_path / "o", "eval/score")
+    for coef in (0.1, 0):
+        run_script(ppo, *tiny_flags, *flags, "--learning-rate", 3e-3, "--vf-coef", coef, "--output-dir", tmp_path / str(coef))
+    before, after = scalars(tmp_path / "0.1", "eval/score")
     assert after > before + 0.15
-    errors = scalars(tmp_path / "o", "loss/value")
-    assert sum(errors[-5:]) < 5 * max(errors[:5])
+    errors, of_the_first_mean = (sum(scalars(tmp_path / coef, "loss/value")[-5:]) for coef in ("0.1", "0"))
+    assert errors < 0.8 * of_the_first_mean  # the critic follows
 
 
 @pytest.mark.parametrize("flags, said", [
