@@ -9,7 +9,8 @@
 
 Folders are named as seeds.py does, {name}{seed} or {name}_{seed}; those of one name are one row and one color. The picture,
 a line a run: score of the training batches over sampled responses; held-out score over KL, a path from the SFT model to the
-trained one; and what the text becomes, distinct-2 and repetition. A run of dpo.py samples once, before it trains: its responses are those of its
+trained one; and what the text becomes, distinct-2 and repetition. objective is the score less --kl-coef times the KL: what
+the RL scripts maximise with that coefficient, and one number for runs that end at different KLs. A run of dpo.py samples once, before it trains: its responses are those of its
 pairs, and its curves are a step up or down at that number.
 """
 import argparse
@@ -19,7 +20,7 @@ import re
 import statistics
 from pathlib import Path
 
-COLUMNS = ("score", "gold", "kl", "response_length", "eos_rate", "distinct_2", "repetition")
+COLUMNS = ("score", "gold", "kl", "objective", "response_length", "eos_rate", "distinct_2", "repetition")
 
 
 def read(folder):
@@ -74,12 +75,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--save", type=Path, default=None, help="writes SAVE.csv and SAVE.png")
+    parser.add_argument("--kl-coef", type=float, default=0.05, help="price of a nat in the column objective, for all runs the same")
     args = parser.parse_args()
     groups = {}
     for folder in args.folders:
         if list(folder.glob("events*")) and (folder / "final").exists():
             name, seed = re.fullmatch(r"(.*?)_?(\d+)", folder.name).groups()
-            groups.setdefault(name, {})[int(seed)] = read(folder)
+            groups.setdefault(name, {})[int(seed)] = run = read(folder)
+            points = zip(run[1]["eval/score"], run[1]["eval/kl"])
+            run[1]["eval/objective"] = [(step, score - args.kl_coef * kl) for (step, score), (_, kl) in points]
         else:
             print(f"{folder}: not finished, left out")
     present = [c for c in COLUMNS if all(f"eval/{c}" in scalars for runs in groups.values() for _, scalars, *_ in runs.values())]

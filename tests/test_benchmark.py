@@ -66,6 +66,9 @@ def test_compare_has_a_row_a_name_and_a_line_a_run(runs, monkeypatch, capsys, tm
     assert [row["seed"] for row in rows] == ["1", "2"] and all(row["responses"] == str(4 * 4 * 4) for row in rows)  # steps, prompts, k
     (last,) = [value for step, value in seeds.scalars(runs / "rloo2")["eval/score"] if step == 4]
     assert float(rows[1]["score_after"]) == pytest.approx(last, abs=1e-4) and "score" in text and "gold" in text
+    for row in rows:
+        assert float(row["objective_after"]) == pytest.approx(float(row["score_after"]) - 0.05 * float(row["kl_after"]), abs=2e-4)
+        assert float(row["objective_before"]) == float(row["score_before"])  # the KL is 0
     assert text.count("trained ") == 1  # an answer of the first seed
 
 
