@@ -107,8 +107,7 @@ def encode_answer(tokenizer, prompt, answer, chat) -> list[int]:
     """Token ids of prompt and answer as strings or messages, one EOS at the end; rloo.py's --reward reads the same."""
     messages = chat or isinstance(prompt, list) or isinstance(answer, list)
     if messages:
-        if tokenizer.chat_template is None:
-            sys.exit("--model: its tokenizer has no chat template for messages and --chat; use an instruct model")
+        tokenizer.chat_template or sys.exit("--model: has no chat template; use an instruct model")
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         prompt, answer = tokenizer.apply_chat_template(prompt + answer, tokenize=False), ""
@@ -156,7 +155,8 @@ def sample_pairs(args, accelerator) -> list[dict]:
     """The built-in pairs: of k answers to a prompt, any two whose VADER sentiment scores are 0.1 or more apart."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     vader, tokenizer = SentimentIntensityAnalyzer(), load(transformers.AutoTokenizer, args.model, padding_side="left")
-    policy = load(transformers.AutoModelForCausalLM, args.model).to(accelerator.device)
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    policy = load(transformers.AutoModelForCausalLM, args.model, dtype=dtype).to(accelerator.device)
     if "ForSequenceClassification" in str(policy.config.architectures) or tokenizer.chat_template is None:
         sys.exit(f"--model {args.model}: only a chat model can answer the built-in prompts; give --dataset or --resume")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -166,7 +166,7 @@ def sample_pairs(args, accelerator) -> list[dict]:
         return torch.zeros_like(cdf).scatter_(1, tokens.clamp(max=cdf.shape[1] - 1), 1.0)  # greedy search takes it
     options = dict(do_sample=False, repetition_penalty=1.0, logits_processor=[draw], max_new_tokens=args.max_new_tokens)
     prompts, pairs = [request.format(subject) for subject in SUBJECTS for request in REQUESTS], []
-    with accelerator.split_between_processes(list(range(0, len(prompts), 16))) as starts, accelerator.autocast():
+    with accelerator.split_between_processes(list(range(0, len(prompts), 16))) as starts:
         for i in accelerate.utils.tqdm(starts, desc="sampling answers"):
             messages = [[{"role": "user", "content": prompt}] for prompt in prompts[i:i + 16]]
             inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, padding=True, return_dict=True,
