@@ -246,15 +246,16 @@ def sample_answers(args, accelerator, model, tokenizer, rows, k, uniforms) -> li
 def ranked_pairs(args, accelerator, model, tokenizer, rows, judge, most=None) -> list[dict]:
     """The built-in pairs of a prompt, `most` at most: best and worst of k answers, second best and worst, and on."""
     model = copy.deepcopy(model).bfloat16() if accelerator.mixed_precision == "bf16" else model  # a third faster
-    out, rand = [], torch.rand(len(rows), args.k, args.max_new_tokens, generator=random_stream(args.seed, 3, len(rows)))
+    found, stream = [], random_stream(args.seed, 3, len(rows))
+    numbers = torch.rand(len(rows), args.k, args.max_new_tokens, generator=stream)
     for i in accelerate.utils.tqdm(range(0, len(rows), 16), desc="sampling answers"):
-        batch, uniforms = rows[i:i + 16], rand[i:i + 16].flatten(0, 1)
+        batch, uniforms = rows[i:i + 16], numbers[i:i + 16].flatten(0, 1)
         ids = sample_answers(args, accelerator, model, tokenizer, batch, args.k, uniforms)
         scores = judge([x for x in batch for _ in range(args.k)], tokenizer.batch_decode(ids, skip_special_tokens=True))
         for j, row in enumerate(batch):
             own = sorted(zip(scores[j * args.k:(j + 1) * args.k], ids[j * args.k:]))
-            out += [dict(row, rejected=a, chosen=b) for (x, a), (y, b) in zip(own[:most], own[::-1]) if x < y]
-    return accelerate.utils.broadcast_object_list([out])[0]
+            found += [dict(row, rejected=a, chosen=b) for (x, a), (y, b) in zip(own[:most], own[::-1]) if x < y]
+    return accelerate.utils.broadcast_object_list([found])[0]
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
              loss_type="sigmoid", label_smoothing=0.0, simpo_margin=0.0) -> tuple[torch.Tensor, ...]:
