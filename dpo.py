@@ -10,10 +10,9 @@
 For a prompt x with a chosen answer w and a rejected one l, log pi(y) being the sum over the tokens of y and the EOS:
     h    = [log pi(w) - log pi_ref(w)] - [log pi(l) - log pi_ref(l)]
     loss = - log sigmoid(beta h)                     as if beta [log pi(y) - log pi_ref(y)] were a reward model's score
-Rafailov et al. 2023, arXiv 2305.18290; other losses: see dpo_loss. Both answers share one pass over their prompt.
+Rafailov et al. 2023, arXiv 2305.18290; other losses: see dpo_loss. Left out: LoRA, an SFT term, sampling new pairs.
     accelerate launch dpo.py      # SmolLM2's own good and bad answers by VADER; offline: score 0.31 -> 0.67
     accelerate launch dpo.py --dataset pairs.jsonl --eval-dataset test.jsonl --chat --max-length 1024
-Left out on purpose: LoRA, an SFT term, sampling new pairs while training.
 """
 import copy, ctypes, dataclasses, importlib.util, math, os, pathlib, runpy, shutil, sys, time, traceback, typing
 import accelerate, torch, torch.utils.tensorboard, transformers, tyro
@@ -28,10 +27,10 @@ class Args:
     chat: bool = False  # a string prompt is a user's message, for the chat template (the built-in ones always are)
     reward: str = "vader"  # ranks the built-in answers, scores those of the evaluation: vader or path/file.py:function
     loss_type: typing.Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # see dpo_loss
-    beta: float = 0.1  # how much the loss wants to leave the reference: little if large (simpo: try 2)
-    label_smoothing: float = 0.0  # assumed share of wrong labels, under 0.5 (sigmoid, robust, simpo)
+    beta: float = 0.1  # the larger, the closer to the reference (simpo, which has none: try 2)
+    label_smoothing: float = 0.0  # assumed share of wrong labels, under 0.5 (not for ipo and hinge)
     simpo_margin: float = 0.5  # gamma of simpo
-    precompute_ref: bool = False  # ask the reference before training; a GPU has it until the first evaluation
+    precompute_ref: bool = False  # ask the reference before training; a GPU then holds it in evaluations alone
     k: int = 8  # built-in pairs: answers that the policy samples a prompt; k // 2 pairs of good and bad (ranked_pairs)
     temperature: float = 1.0  # of sampling
     max_new_tokens: int = 24  # longest sampled answer, in tokens
@@ -43,7 +42,7 @@ class Args:
     epochs: int = 1  # passes over the pairs
     total_steps: int = 0  # optimizer steps; 0: as many as --epochs take
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
-    eval_prompts: int = 60  # held out for evaluation (built-in: 10 a subject, so 6 subjects); answered before and after
+    eval_prompts: int = 60  # last pairs, held out, with their prompts (built-in: 10 a subject); answered in evaluations
     eval_every: int = 1000  # steps between evaluations; there is always one before and one after
     eval_only: bool = False  # evaluate --model (with --resume: the checkpoint beside its reference) and stop
     save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last step is always saved, as final/
@@ -52,20 +51,21 @@ class Args:
     precision: typing.Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if it is there
     seed: int = 1  # of the order of the pairs, and of sampling
 MINIMUM = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1, "epochs": 1,
-           "max_length": 2, "eval_prompts": 0, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 0}
+           "max_length": 2, "eval_prompts": 0, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 0,
+           "beta": 1e-6}
 
 def parse_args() -> Args:
     """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
-    args, script = tyro.cli(Args), pathlib.Path(__file__).stem
+    args, script, home = tyro.cli(Args), pathlib.Path(__file__).stem, None
     if args.resume:
         file = pathlib.Path(args.resume, "trainer_state.pt").resolve()
         state = torch.load(file, "cpu", weights_only=True, mmap=True) if file.exists() else {"script": None}
         if state["script"] != script:
             sys.exit(f"--resume {args.resume}: no checkpoint of {script}.py; give a final or checkpoint folder of it")
-        saved = {**state["args"], "resume": str(file.parent), "output_dir": str(file.parent.parent)}
+        saved = {**state["args"], "resume": str(file.parent), "output_dir": str(home := file.parent.parent)}
         args = tyro.cli(Args, default=Args(**saved))
         args.model == saved["model"] or sys.exit(f"--model {args.model}: the checkpoint is of {saved['model']}")
-    elif args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
+    if args.output_dir and (folder := pathlib.Path(args.output_dir).resolve()) != home and any(folder.glob("*")):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     for flag, least in MINIMUM.items():
         if getattr(args, flag) < least:
@@ -97,32 +97,33 @@ def read_pairs(flag, name, split) -> list[dict]:
 def split_prompt(pair) -> tuple:
     """(prompt, chosen, rejected) of a row. A prompt that is missing, or is in the messages of both again, is what both
     begin with: in messages the first ones, in strings (HH-RLHF) everything up to the last turn, in others nothing."""
-    chosen, rejected, turn = pair["chosen"], pair["rejected"], "\n\nAssistant:"
-    if pair.get("prompt") is not None and (isinstance(chosen, str) or chosen[:1] != rejected[:1]):
-        return pair["prompt"], chosen, rejected
-    n = [*(a == b for a, b in zip(chosen, rejected)), False].index(False)  # characters, or messages
+    prompt, chosen, rejected = pair.get("prompt"), pair["chosen"], pair["rejected"]
+    n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    if prompt is not None and (isinstance(chosen, str) or n == 0 or chosen[0]["role"] == "assistant"):
+        return prompt, chosen, rejected
     if isinstance(chosen, str):
-        n = len("".join(chosen[:n].rpartition(turn)[:2]))
+        n = len("".join(chosen[:n].rpartition("\n\nAssistant:")[:2]))
     return chosen[:n], chosen[n:], rejected[n:]
 
-def encode_pairs(args, tokenizer, data) -> tuple[list[dict], int]:
+def encode_pairs(args, tokenizer, data, built_in=False) -> tuple[list[dict], int]:
     """(rows with the token ids of prompt ("ids"), chosen and rejected answer; number of pairs dropped)."""
-    rows = []
-    for pair in data:
-        prompt, *answers = split_prompt(pair)
-        messages = [{"role": "user", "content": prompt}] if args.chat or not args.dataset else None
-        messages, text = prompt if isinstance(prompt, list) else messages, prompt or ""
-        if messages:
-            tokenizer.chat_template or sys.exit(f"--model {args.model}: has no chat template; use an instruct model")
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]  # a template writes its own
-        row = dict(prompt=prompt, ids=ids or [tokenizer.eos_token_id], columns=pair if args.dataset else {})
-        answers = [x if isinstance(x, str) else "".join(message["content"] or "" for message in x[:1]) for x in answers]
-        for name, answer in zip(("chosen", "rejected"), answers):
-            row[name] = tokenizer(answer, add_special_tokens=False)["input_ids"]
-            row[name] += [tokenizer.eos_token_id] * (row[name][-1:] != [tokenizer.eos_token_id])
-        longest = len(row["ids"]) + max(len(row["chosen"]), len(row["rejected"]))
-        rows += [row] if longest <= args.max_length and all(answers) and row["chosen"] != row["rejected"] else []
+    rows, eos = [], [tokenizer.eos_token_id]
+    for n, pair in enumerate(data):
+        try:
+            prompt, *answers = split_prompt(pair)  # an answer of several messages becomes "", and is dropped
+            answers = [x if isinstance(x, str) else len(x) == 1 and x[0]["content"] or "" for x in answers]
+            messages = [{"role": "user", "content": prompt}] if args.chat or built_in else None
+            messages, text = prompt if isinstance(prompt, list) else messages, prompt or ""
+            if messages:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                turn = tokenizer.apply_chat_template([*messages, dict(role="assistant", content="@")], tokenize=False)
+                answers = [x and x + turn.rpartition("@")[2].strip() for x in answers]  # as the template ends a turn
+        except Exception as error:  # a chat template raises what it likes
+            sys.exit(f"--dataset or --eval-dataset: row {n} is not of strings or messages as expected: {error!r:.300}")
+        ids = tokenizer(text, add_special_tokens=not messages).input_ids or eos  # a template writes its own BOS
+        chosen, rejected = (x + eos * (x[-1:] != eos) for x in tokenizer(answers, add_special_tokens=False).input_ids)
+        if all(answers) and chosen != rejected and len(ids) + max(len(chosen), len(rejected)) <= args.max_length:
+            rows += [dict(prompt=prompt, ids=ids, chosen=chosen, rejected=rejected, columns={} if built_in else pair)]
     return rows, len(data) - len(rows)
 
 def random_stream(*key: int) -> torch.Generator:
@@ -140,7 +141,7 @@ def load(auto_class, name, **options):
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:
-        sys.exit(f"{name}: no {auto_class.__name__} in a hub id or directory of this name: {error!r:.300}")
+        sys.exit(f"--model, --resume, --reward {name}: no hub id or folder of a {auto_class.__name__}: {error!r:.300}")
 
 def make_judge(flag, spec):
     """What --reward names, as score(rows, texts) -> list of floats: the judge of answers, not part of the loss."""
@@ -245,9 +246,8 @@ def sample_answers(args, accelerator, model, tokenizer, rows, k, uniforms) -> li
 
 def ranked_pairs(args, accelerator, model, tokenizer, rows, judge, most=None) -> list[dict]:
     """The built-in pairs of a prompt, `most` at most: best and worst of k answers, second best and worst, and on."""
-    model = copy.deepcopy(model).bfloat16() if accelerator.mixed_precision == "bf16" else model  # a third faster
-    found, stream = [], random_stream(args.seed, 3, len(rows))
-    numbers = torch.rand(len(rows), args.k, args.max_new_tokens, generator=stream)
+    found, model = [], copy.deepcopy(model).bfloat16() if accelerator.mixed_precision == "bf16" else model  # faster
+    numbers = torch.rand(len(rows), args.k, args.max_new_tokens, generator=random_stream(args.seed, 3, len(rows)))
     for i in accelerate.utils.tqdm(range(0, len(rows), 16), desc="sampling answers"):
         batch, uniforms = rows[i:i + 16], numbers[i:i + 16].flatten(0, 1)
         ids = sample_answers(args, accelerator, model, tokenizer, batch, args.k, uniforms)
@@ -260,7 +260,7 @@ def ranked_pairs(args, accelerator, model, tokenizer, rows, judge, most=None) ->
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
              loss_type="sigmoid", label_smoothing=0.0, simpo_margin=0.0) -> tuple[torch.Tensor, ...]:
     """4 x (B,) -> losses, chosen_rewards, rejected_rewards, each (B,). sigmoid: DPO, eq. 7, smoothed: cDPO; ipo: arXiv
-    2310.12036, eq. 17; hinge: SLiC, arXiv 2309.06657; robust: arXiv 2403.00409; simpo: arXiv 2405.14734, where the
+    2310.12036, eq. 17; hinge: SLiC as in arXiv 2309.06657; robust: arXiv 2403.00409; simpo: arXiv 2405.14734, where the
     log-probabilities are means over the tokens and those of the reference are 0."""
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
@@ -310,12 +310,10 @@ def evaluate_policy(args, accelerator, policy, reference, tokenizer, rows, judge
         ids = sample_answers(args, accelerator, policy.model, tokenizer, batch, 1, uniforms[i:i + 16])
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         inputs = pack([(row["ids"], answer) for row, answer in zip(batch, ids)], accelerator.device)
-        kl = policy(*inputs, args.temperature) - reference(*inputs, args.temperature)  # unbiased, may be negative
-        columns = zip(judge(batch, texts), kl.tolist(), ids, texts)
-        results += [dict(zip(("score", "kl", "ids", "text"), values)) for values in columns]
+        kl = (policy(*inputs, args.temperature) - reference(*inputs, args.temperature)).tolist()  # unbiased, may be < 0
+        results += [dict(zip(("score", "kl", "ids", "text"), x)) for x in zip(judge(batch, texts), kl, ids, texts)]
     means = {name: sum(result[name] for result in results) / len(rows) for name in ("score", "kl")}
-    means.update(text_statistics([result["ids"] for result in results], policy.model.generation_config.eos_token_id))
-    return means, results
+    return means | text_statistics([x["ids"] for x in results], policy.model.generation_config.eos_token_id), results
 
 def report(evaluations, rows) -> str:
     """The table, a row an evaluation, and three prompts with every answer and its score."""
@@ -354,11 +352,13 @@ def main(args: Args) -> None:
     tokenizer = load(transformers.AutoTokenizer, args.model)
     tokenizer.eos_token or sys.exit(f"--model {args.model}: its tokenizer has no EOS token: set one and save it")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # either will do: no mask looks for it
-    prompts = [dict(prompt=request.format(x), chosen="+", rejected="-") for x in SUBJECTS for request in REQUESTS]
-    data = read_pairs("--dataset", args.dataset, args.dataset_split) if args.dataset else prompts
-    rows, dropped = encode_pairs(args, tokenizer, data)
-    split = len(rows) - args.eval_prompts * (args.eval_dataset is None)
-    train, held_out = rows[:split], rows[split:]
+    data = ([] if args.eval_only and args.eval_dataset else read_pairs("--dataset", args.dataset, args.dataset_split)
+        if args.dataset else [dict(prompt=y.format(x), chosen="+", rejected="-") for x in SUBJECTS for y in REQUESTS])
+    rows, dropped = encode_pairs(args, tokenizer, data, built_in=not args.dataset)
+    split = max(0, len(rows) - args.eval_prompts * (args.eval_dataset is None))
+    held_out, known = rows[split:], {str(row["prompt"]) for row in rows[split:] if row["prompt"]}
+    train = [row for row in rows[:split] if str(row["prompt"]) not in known]
+    dropped, train = dropped + split - len(train), train * (not args.eval_only)
     if args.eval_dataset:
         data = read_pairs("--eval-dataset", args.eval_dataset, args.eval_split or args.dataset_split)
         held_out, more = encode_pairs(args, tokenizer, data)
@@ -371,27 +371,27 @@ def main(args: Args) -> None:
     local_policy, done, evaluations, pairs = AnswerLogps(model), 0, {}, {}
     policy = accelerator.prepare(local_policy)
     reference = copy.deepcopy(model).requires_grad_(False)
-    for module in reference.modules():  # weights that autocast would cast are kept in bf16: the same numbers
-        if bf16 and isinstance(module, torch.nn.Linear):
-            module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
+    for linear in (x for x in reference.modules() if bf16 and isinstance(x, torch.nn.Linear)):  # as autocast would
+        linear.weight = torch.nn.Parameter(linear.weight.bfloat16(), requires_grad=False)
     reference = accelerator.prepare_model(AnswerLogps(reference), evaluation_mode=True)
     if not args.dataset:
         pick = lambda rows, *most: ranked_pairs(args, accelerator, model, tokenizer, rows, judge, *most)
-        train, held_out = [] if args.eval_only else pick(train), held_out if args.eval_dataset else pick(held_out, 1)
-    accelerator.print(f"{len(train)} training pairs, {len(held_out)} held out, {dropped} dropped (bad or too long)")
-    if min(split, len(train)) < (0 if args.eval_only else args.prompts_per_step) or args.eval_only and not held_out:
-        sys.exit(f"--dataset: only {len(rows)} pairs fit --max-length; --eval-prompts and a step need more")
+        train, held_out = pick(train), held_out if args.eval_dataset else pick(held_out, 1)
+    accelerator.print(f"{len(train)} pairs, {len(held_out)} held out, {dropped} dropped (bad, long, prompt held out)")
+    if not held_out if args.eval_only else len(train) < args.prompts_per_step or args.eval_dataset and not held_out:
+        sys.exit("--dataset, --eval-dataset: too few pairs; see --max-length, --eval-prompts, --prompts-per-step")
     batches = lambda rows: [rows[i:i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
     for rows in batches(train + held_out) if args.precompute_ref and args.loss_type != "simpo" else ():
         for row, ref_logps in zip(rows, pair_logps(args, accelerator, reference, rows).tolist()):
             row["ref_logps"] = ref_logps
+    reference.to(rest := "cpu" if args.precompute_ref or args.loss_type == "simpo" else device)  # not in the loss
     @torch.no_grad()
     def run_evaluation(title, model):
+        reference.to(device)
         values = torch.cat([pair_loss(args, accelerator, model, reference, x)[1] for x in batches(held_out)])
         pairs[title], prompts = (dict(zip(METRICS, values.mean(0).tolist())), None), held_out[:args.eval_prompts or 1]
-        reference.to(device)
         evaluations[title] = evaluate_policy(args, accelerator, model, reference, tokenizer, prompts, judge)
-        reference.to("cpu" if args.precompute_ref else device)  # until the next evaluation
+        reference.to(rest)  # until the next evaluation
         return report(pairs, []) + "\n\n" + report(evaluations, prompts)
     table = run_evaluation("SFT", reference) if held_out else ""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)

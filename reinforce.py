@@ -57,16 +57,16 @@ MINIMUM = {"k": 1, "temperature": 0.01, "repetition_penalty": 1, "baseline_decay
 
 def parse_args() -> Args:
     """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
-    args, script = tyro.cli(Args), pathlib.Path(__file__).stem
+    args, script, home = tyro.cli(Args), pathlib.Path(__file__).stem, None
     if args.resume:
         file = pathlib.Path(args.resume, "trainer_state.pt").resolve()
         state = torch.load(file, "cpu", weights_only=True, mmap=True) if file.exists() else {"script": None}
         if state["script"] != script:
             sys.exit(f"--resume {args.resume}: no checkpoint of {script}.py; give a final or checkpoint folder of it")
-        saved = {**state["args"], "resume": str(file.parent), "output_dir": str(file.parent.parent)}
+        saved = {**state["args"], "resume": str(file.parent), "output_dir": str(home := file.parent.parent)}
         args = tyro.cli(Args, default=Args(**saved))
         args.model == saved["model"] or sys.exit(f"--model {args.model}: the checkpoint is of {saved['model']}")
-    elif args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
+    if args.output_dir and (folder := pathlib.Path(args.output_dir).resolve()) != home and any(folder.glob("*")):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     for flag, least in MINIMUM.items():
         if getattr(args, flag) < least:
@@ -126,7 +126,7 @@ def load(auto_class, name, **options):
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:
-        sys.exit(f"{name}: no {auto_class.__name__} in a hub id or directory of this name: {error!r:.300}")
+        sys.exit(f"--model, --resume, --reward {name}: no hub id or folder of a {auto_class.__name__}: {error!r:.300}")
 
 def make_scorer(flag, spec, device):
     """What --reward names, as score(rows, texts) -> list of floats; of K > 1 labels, sum_i i p_i with i = 1 .. K."""

@@ -15,7 +15,7 @@ and a rejected one l to a prompt are drawn independently:
 All pairs of a prompt stay in one batch, and an answer runs once for all of its pairs: k ranked answers give
 k(k-1)/2 pairs (Ouyang et al. 2022, InstructGPT, arXiv 2203.02155, section 3.5).
     accelerate launch reward_model_ordinal.py                         # SmolLM2's own answers, ranked by VADER; offline
-    accelerate launch reward_model_ordinal.py --dataset pairs.jsonl --eval-dataset test.jsonl --chat --max-length 1024
+    accelerate launch reward_model_ordinal.py --dataset pairs.jsonl --chat --prompts-per-step 16 --learning-rate 5e-5
     accelerate launch rloo.py --reward runs/reward_model_ordinal__1__1767225600/final --eval-reward vader
 Default run: 14 to 17 minutes on one slow CPU core, accuracy .79 (README). Saved: a plain sequence classifier. No LoRA.
 """
@@ -36,7 +36,7 @@ class Args:
     max_length: int = 512  # pairs with a longer text, prompt and answer, in tokens, are dropped (and counted)
     prompts_per_step: int = 4  # prompts, with all of their answers, in an optimizer step, over all processes
     micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds the memory
-    learning_rate: float = 3e-4  # its peak: linear warm-up, then linear to 0
+    learning_rate: float = 3e-4  # its peak: linear warm-up, then linear to 0 (prompts of a single pair: try 5e-5)
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 0  # optimizer steps; 0: one epoch
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
@@ -53,16 +53,16 @@ MINIMUM = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step":
 
 def parse_args() -> Args:
     """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
-    args, script = tyro.cli(Args), pathlib.Path(__file__).stem
+    args, script, home = tyro.cli(Args), pathlib.Path(__file__).stem, None
     if args.resume:
         file = pathlib.Path(args.resume, "trainer_state.pt").resolve()
         state = torch.load(file, "cpu", weights_only=True, mmap=True) if file.exists() else {"script": None}
         if state["script"] != script:
             sys.exit(f"--resume {args.resume}: no checkpoint of {script}.py; give a final or checkpoint folder of it")
-        saved = {**state["args"], "resume": str(file.parent), "output_dir": str(file.parent.parent)}
+        saved = {**state["args"], "resume": str(file.parent), "output_dir": str(home := file.parent.parent)}
         args = tyro.cli(Args, default=Args(**saved))
         args.model == saved["model"] or sys.exit(f"--model {args.model}: the checkpoint is of {saved['model']}")
-    elif args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
+    if args.output_dir and (folder := pathlib.Path(args.output_dir).resolve()) != home and any(folder.glob("*")):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     for flag, least in MINIMUM.items():
         if getattr(args, flag) < least:
@@ -94,12 +94,12 @@ def read_pairs(flag, name, split) -> list[dict]:
 def split_prompt(pair) -> tuple:
     """(prompt, chosen, rejected) of a row. A prompt that is missing, or is in the messages of both again, is what both
     begin with: in messages the first ones, in strings (HH-RLHF) everything up to the last turn, in others nothing."""
-    chosen, rejected, turn = pair["chosen"], pair["rejected"], "\n\nAssistant:"
-    if pair.get("prompt") is not None and (isinstance(chosen, str) or chosen[:1] != rejected[:1]):
-        return pair["prompt"], chosen, rejected
-    n = [*(a == b for a, b in zip(chosen, rejected)), False].index(False)  # characters, or messages
+    prompt, chosen, rejected = pair.get("prompt"), pair["chosen"], pair["rejected"]
+    n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    if prompt is not None and (isinstance(chosen, str) or n == 0 or chosen[0]["role"] == "assistant"):
+        return prompt, chosen, rejected
     if isinstance(chosen, str):
-        n = len("".join(chosen[:n].rpartition(turn)[:2]))
+        n = len("".join(chosen[:n].rpartition("\n\nAssistant:")[:2]))
     return chosen[:n], chosen[n:], rejected[n:]
 
 def encode_answer(tokenizer, prompt, answer, chat) -> list[int]:
@@ -113,18 +113,21 @@ def encode_answer(tokenizer, prompt, answer, chat) -> list[int]:
     ids = tokenizer(prompt + answer, add_special_tokens=not messages)["input_ids"]  # a template writes its own
     return ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
 
-def group_pairs(args, tokenizer, data) -> tuple[list[dict], int]:
+def group_pairs(args, tokenizer, data, chat=False) -> tuple[list[dict], int]:
     """(a row a prompt, with answers and pairs of (chosen index, rejected index, margin); number of pairs dropped)."""
     rows, dropped = {}, 0
     for n, pair in enumerate(data):
-        prompt, *answers = split_prompt(pair)
-        ids = [encode_answer(tokenizer, prompt, answer, args.chat or not args.dataset) for answer in answers]
+        try:
+            prompt, *answers = split_prompt(pair)
+            ids = [encode_answer(tokenizer, prompt, answer, args.chat or chat) for answer in answers]
+        except Exception as error:  # a chat template raises what it likes
+            sys.exit(f"--dataset or --eval-dataset: row {n} is not of strings or messages as expected: {error!r:.300}")
         if max(map(len, ids)) > args.max_length or ids[0] == ids[1] or not all(answers):
             dropped += 1
             continue
-        key, row = str(prompt) if prompt else n, dict(prompt=prompt, answers=[], ids=[], ratings=[], pairs=[])
-        row = rows.setdefault(key, row)
-        ratings = pair.get("chosen_rating"), pair.get("rejected_rating")
+        row = rows.setdefault(str(prompt or [n]), dict(prompt=prompt, answers=[], ids=[], ratings=[], pairs=[]))
+        ratings = [pair.get(name) for name in ("chosen_rating", "rejected_rating")]
+        ratings = [x if isinstance(x, (int, float)) and math.isfinite(x) else None for x in ratings]
         for answer, tokens, rating in zip(answers, ids, ratings):
             if answer not in row["answers"]:
                 row["answers"].append(answer), row["ids"].append(tokens), row["ratings"].append(rating)
@@ -147,7 +150,7 @@ def load(auto_class, name, **options):
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:
-        sys.exit(f"{name}: no {auto_class.__name__} in a hub id or directory of this name: {error!r:.300}")
+        sys.exit(f"--model, --resume, --reward {name}: no hub id or folder of a {auto_class.__name__}: {error!r:.300}")
 
 @torch.no_grad()
 def sample_pairs(args, accelerator) -> list[dict]:
@@ -266,10 +269,10 @@ def ordinal(args, logits, pairs) -> tuple[torch.Tensor, ...]:
     wins = (log_win(chosen, rejected) - log_win(rejected, chosen)).sigmoid()
     return ordinal_loss(chosen, rejected), expected_score(logits), wins
 
-def grade_table(rows, logits) -> str:
-    """How the grades are used: mean score and mean p(1) .. p(K) of all answers and, where rated, by rounded rating."""
+def grade_table(evaluations, rows) -> str:
+    """Of the last evaluation: mean score and mean p(1) .. p(K) of all answers and, where rated, by rounded rating."""
     ratings = torch.tensor([math.nan if x is None else x for row in rows for x in row["ratings"]]).round()
-    logits, levels = torch.cat(logits), ratings[ratings.isfinite()].unique()
+    logits, levels = torch.cat([*evaluations.values()][-1][1]), ratings[ratings.isfinite()].unique()
     lines = [f"{'rating':>10}{'answers':>10}{'score':>10}   mean probability of grade 1, 2, ..."]
     for title, part in [("all", logits)] + [(f"{level + 0:.0f}", logits[ratings == level]) for level in levels]:
         grades = " ".join(f"{p:.2f}" for p in part.softmax(1).mean(0))
@@ -297,13 +300,13 @@ def reliability_plot(wins) -> torch.Tensor:
     return image[None]
 
 @torch.no_grad()
-def evaluate_pairs(args, accelerator, model, rows, judge) -> tuple[dict, list[torch.Tensor], torch.Tensor]:
+def evaluate_pairs(args, accelerator, model, rows, pair_loss) -> tuple[dict, list[torch.Tensor], torch.Tensor]:
     """(means, the logits of each row's answers, P(w > l) of every pair), the same on every process."""
     with accelerator.autocast():
         batches = (rows[i:i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size))
         logits = torch.cat([model(*collate(batch, accelerator.device)).cpu() for batch in batches])
     pairs = pair_indices(rows, "cpu")
-    loss, scores, wins = judge(args, logits, pairs)
+    loss, scores, wins = pair_loss(args, logits, pairs)
     means = {name: value.item() for name, value in pair_metrics(loss, scores, pairs).items()}
     counts = [len(row["ids"]) for row in rows]
     length = torch.tensor([float(len(ids)) for row in rows for ids in row["ids"]])
@@ -356,32 +359,29 @@ def main(args: Args) -> None:
     if tokenizer.chat_template:  # whoever applies the saved template gets what is trained on: one EOS, and it is last
         tokenizer.chat_template = "{% set text %}" + tokenizer.get_chat_template() + "{% endset %}{{ text | trim }}" \
             "{% if not (text | trim).endswith(eos_token) %}{{ eos_token }}{% endif %}"
-    data = (read_pairs("--dataset", args.dataset, args.dataset_split) if args.dataset else
-            sample_pairs(args, accelerator))
-    rows, dropped = group_pairs(args, tokenizer, data)
-    split = len(rows) - args.eval_prompts * (args.eval_dataset is None)
+    data = ([] if args.eval_only and args.eval_dataset else read_pairs("--dataset", args.dataset, args.dataset_split)
+        if args.dataset else sample_pairs(args, accelerator))
+    rows, dropped = group_pairs(args, tokenizer, data, chat=not args.dataset)
+    split = max(0, len(rows) - args.eval_prompts * (args.eval_dataset is None))
     train, held_out = rows[:split], rows[split:]
     if args.eval_dataset:
         data = read_pairs("--eval-dataset", args.eval_dataset, args.eval_split or args.dataset_split)
         held_out, more = group_pairs(args, tokenizer, data)
         dropped += more
-    if split < (0 if args.eval_only else args.prompts_per_step) or args.eval_only and not held_out:
-        sys.exit(f"--dataset: {len(rows)} prompts have pairs within --max-length {args.max_length}; "
-                 f"--eval-prompts {args.eval_prompts} and --prompts-per-step {args.prompts_per_step} need more")
-    n_pairs = [sum(len(row["pairs"]) for row in part) for part in (train, held_out)]
-    accelerator.print(f"{n_pairs[0]} training pairs of {len(train)} prompts, {n_pairs[1]} of {len(held_out)} held out, "
-                      f"{dropped} dropped (empty, identical or over --max-length)")
-    options = dict(dtype=torch.float32, num_labels=10, output_loading_info=True)
+    if split < args.prompts_per_step * (not args.eval_only) or not held_out and (args.eval_only or args.eval_dataset):
+        sys.exit(f"--dataset: {len(rows)} different prompts have pairs within --max-length {args.max_length}, "
+                 f"too few for --prompts-per-step and --eval-prompts {args.eval_prompts}; or none of --eval-dataset")
+    count = lambda rows: f"{sum(len(row['pairs']) for row in rows)} pairs of {len(rows)} prompts"
+    accelerator.print(f"{count(train)}, held out: {count(held_out)}; {dropped} dropped (bad or over --max-length)")
+    options = dict(dtype=torch.float32, num_labels=10, output_loading_info=True, ignore_mismatched_sizes=True)
     model, info = load(transformers.AutoModelForSequenceClassification, args.resume or args.model, **options)
     hasattr(model, "score") or sys.exit(f"--model {args.model}: no head `score`; use a decoder, as Llama or Qwen")
-    config = model.config.get_text_config()
-    if info["missing_keys"]:  # a new head: all answers start with the same score
-        torch.nn.init.zeros_(model.score.weight)
-    model.resize_token_embeddings(max(len(tokenizer), config.vocab_size), mean_resizing=False)
-    config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    info["mismatched_keys"] and sys.exit(f"--model {args.model}: its head has another number of labels than here")
+    info["missing_keys"] and torch.nn.init.zeros_(model.score.weight)  # a new head: all answers start with one score
+    model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings), mean_resizing=False)
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     model.get_input_embeddings().padding_idx = None  # it was the EOS in some configs, and kept that from learning
-    model.eval()  # no dropout
-    local_model, done = AnswerLogits(model), 0
+    local_model, done = AnswerLogits(model.eval()), 0  # eval: no dropout
     ddp_model = accelerator.prepare(local_model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     run_evaluation = lambda: evaluate_pairs(args, accelerator, local_model, held_out, ordinal)
@@ -389,9 +389,8 @@ def main(args: Args) -> None:
         state = torch.load(pathlib.Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"]), (done := state["step"])
     describe = lambda x: f"{expected_score(x[None]).item():6.2f}  p: " + " ".join(f"{p:.2f}" for p in x.softmax(0))
-    evaluations = {"before": run_evaluation()} if held_out else {}
-    show = lambda: (report_pairs(evaluations, held_out, describe) + "\n\n" +
-                    grade_table(held_out, list(evaluations.values())[-1][1]))
+    evaluations = {f"step {done}" if done else "before": run_evaluation()} if held_out else {}
+    show = lambda: f"{report_pairs(evaluations, held_out, describe)}\n\n{grade_table(evaluations, held_out)}"
     if args.eval_only:
         return accelerator.print(show())
     if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
@@ -400,7 +399,7 @@ def main(args: Args) -> None:
     writer = accelerator.is_main_process and torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=done + 1)
     if writer:
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in vars(args).items()))
-        for name, value in evaluations["before"][0].items() if held_out else ():
+        for name, value in next(iter(evaluations.values()))[0].items() if held_out else ():
             writer.add_scalar(f"eval/{name}", value, done)
     size, micro = args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
     total_steps = args.total_steps or math.ceil(len(train) / args.prompts_per_step)

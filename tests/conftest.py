@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rloo
@@ -19,12 +19,14 @@ TEMPLATE = ("{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + 
             "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}")
 
 
-def byte_tokenizer(chat_template=TEMPLATE, **special):
-    """One token a byte, and <s>, </s>; by default the pad token is the EOS, as in SmolLM2."""
+def byte_tokenizer(chat_template=TEMPLATE, begin=False, **special):
+    """One token a byte, and <s>, </s>; by default the pad token is the EOS, as in SmolLM2. begin: a text gets a BOS, as in Llama."""
     vocab = {"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", **special}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{k: v for k, v in special.items() if v})
     tokenizer.chat_template = chat_template

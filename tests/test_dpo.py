@@ -77,6 +77,28 @@ def test_every_format_reads_the_same_with_one_eos(pair):
     (row,), dropped = dpo.encode_pairs(args, tokenizer, [pair])
     assert dropped == 0 and tokenizer.decode(row["ids"]) == "<s>user:hi</s><s>assistant:"
     assert tokenizer.decode(row["chosen"]) == "good</s>" and tokenizer.decode(row["rejected"]) == "bad</s>"
+    (same,), _ = dpo.encode_pairs(args, byte_tokenizer(begin=True), [pair])  # nor a second BOS
+    assert all(same[name] == row[name] for name in ("ids", "chosen", "rejected"))
+
+
+def test_a_string_gets_the_tokenizers_bos_before_the_prompt_alone():
+    (row,), _ = dpo.encode_pairs(dpo.Args(dataset="x"), byte_tokenizer(begin=True), [dict(prompt="hi", **ANSWERS)])
+    assert byte_tokenizer().decode(row["ids"] + row["chosen"]) == "<s>higood</s>"
+
+
+def test_an_answer_ends_as_the_template_ends_a_turn():
+    """As of Gemma and Phi-3, whose turns end with a token that is not the tokenizer's EOS."""
+    tokenizer = byte_tokenizer(chat_template="{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|end|>\n' }}{% endfor %}")
+    (row,), _ = dpo.encode_pairs(dpo.Args(dataset="x", chat=True), tokenizer, [dict(prompt="hi", **ANSWERS)])
+    assert tokenizer.decode(row["ids"] + row["chosen"]) == "user:hi<|end|>\ngood<|end|></s>"
+
+
+def test_the_prompt_of_answers_that_begin_alike_is_kept():
+    """An explicit prompt, and answers that share their first turn: the turn is no prompt."""
+    said = lambda *texts: [{"role": "assistant" if i % 2 == 0 else "user", "content": text} for i, text in enumerate(texts)]
+    pair = dict(prompt=[{"role": "user", "content": "hi"}], chosen=said("a", "b", "c"), rejected=said("a", "b", "d"))
+    assert dpo.split_prompt(pair) == (pair["prompt"], pair["chosen"], pair["rejected"])
+    assert dpo.encode_pairs(dpo.Args(dataset="x"), byte_tokenizer(), [pair]) == ([], 1)  # of several messages: dropped
 
 
 def test_strings_are_used_as_they_are_and_hh_dialogues_split_at_the_last_turn():
@@ -94,6 +116,14 @@ def test_bad_pairs_are_dropped_and_counted():
     data += [dict(chosen=said("b"), rejected=said("b")), dict(chosen=said("b"), rejected=said(None)), dict(chosen=said("b"), rejected=said("b")[:1])]
     rows, dropped = dpo.encode_pairs(dpo.Args(dataset="x", max_length=20), byte_tokenizer(), data)
     assert len(rows) == 1 and dropped == 6
+
+
+@pytest.mark.parametrize("pair", [dict(prompt="a", chosen=12, rejected=13), dict(chosen={"role": "user"}, rejected={"role": "user"}),
+                                  dict(prompt=[{"role": "system", "content": "a"}], chosen="b", rejected="c")])
+def test_a_row_that_cannot_be_read_is_named(pair):
+    tokenizer = byte_tokenizer(chat_template="{{ raise_exception('no system role') if messages[0].role == 'system' else 'x' }}")
+    with pytest.raises(SystemExit, match="--dataset or --eval-dataset: row 1 is not of strings or messages"):
+        dpo.encode_pairs(dpo.Args(dataset="x"), tokenizer, [dict(prompt="a", **ANSWERS), pair])
 
 
 # ---- log-probabilities
@@ -191,6 +221,47 @@ def test_a_precomputed_reference_gives_the_same_weights(finished, flags, tmp_pat
     assert scalars(tmp_path / "o", "eval/kl") == pytest.approx(scalars(finished, "eval/kl"), abs=1e-2)
 
 
+@pytest.mark.parametrize("more, asked", [([], 4 * 3), (["--precompute-ref"], 18), (["--loss-type", "simpo", "--precompute-ref"], 0)])
+def test_how_often_the_reference_is_asked(flags, tmp_path, monkeypatch, more, asked):
+    """Outside evaluations: in each micro-batch, or once for each of 36 pairs, two at a time, or never."""
+    calls, real, skip = [], dpo.pair_logps, flags.index("--eval-prompts")
+    monkeypatch.setattr(dpo, "pair_logps", lambda args, accelerator, model, rows: calls.append(model) or real(args, accelerator, model, rows))
+    rows = [json.loads(line) for line in Path(flags[flags.index("--dataset") + 1]).read_text().splitlines()]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:36]))
+    run_script(dpo, *flags[:skip], *flags[skip + 2:], "--dataset", tmp_path / "d.jsonl", "--eval-prompts", 0, "--total-steps", 4,
+               "--output-dir", tmp_path / "o", *more)
+    policy = calls[-1] if asked != 4 * 3 else calls[-2]
+    assert sum(model is policy for model in calls) == 4 * 3 and len(calls) == 4 * 3 + asked
+
+
+def test_pairs_of_a_held_out_prompt_are_not_trained_on(flags, tmp_path, capsys):
+    rows = [dict(prompt=f"question {i % 12}", chosen="abc"[i % 3:], rejected="012"[i % 2:]) for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_script(dpo, *flags, "--dataset", tmp_path / "d.jsonl", "--eval-prompts", 4, "--total-steps", 1, "--output-dir", tmp_path / "o")
+    kept = sum(i % 12 not in (0, 1, 2, 3) for i in range(36))  # the last four of forty are of the questions 0 to 3
+    assert f"{kept} pairs, 4 held out, {36 - kept} dropped" in capsys.readouterr().out
+
+
+def test_an_evaluation_data_set_is_read_as_it_is(flags, tmp_path, capsys):
+    """No --dataset beside it: no built-in pairs are sampled, and its strings meet no chat template."""
+    skip = flags.index("--dataset")
+    tables = []
+    for given in (["--eval-only", "--eval-dataset", flags[skip + 1]], ["--eval-only", "--dataset", flags[skip + 1], "--eval-prompts", 40]):
+        run_script(dpo, *flags[:skip], *flags[skip + 2:], *given)
+        out = capsys.readouterr().out
+        assert "40 held out, 0 dropped" in out
+        tables.append([line for line in out.splitlines() if line.startswith("SFT")][0])
+    assert tables[0] == tables[1]
+    run_script(dpo, *flags, "--eval-dataset", flags[skip + 1], "--eval-split", "train", "--total-steps", 1, "--output-dir", tmp_path / "o")
+    assert "40 pairs, 40 held out, 0 dropped" in capsys.readouterr().out
+
+
+def test_it_starts_at_ln_2_in_bf16(flags, tmp_path):
+    run_script(dpo, *flags, "--precision", "bf16", "--total-steps", 2, "--output-dir", tmp_path / "o")
+    assert scalars(tmp_path / "o", "loss/policy")[0] == pytest.approx(math.log(2), abs=5e-3)
+    assert scalars(tmp_path / "o", "eval/kl")[0] == 0 and abs(scalars(tmp_path / "o", "rewards/margins")[0]) < 1e-2
+
+
 def test_resume_is_bit_exact(finished, tmp_path):
     shutil.copytree(finished / "checkpoint-4", tmp_path / "checkpoint-4")
     run_script(dpo, "--resume", tmp_path / "checkpoint-4")
@@ -234,7 +305,7 @@ def test_a_run_on_built_in_pairs(tiny_flags, flags, tmp_path, monkeypatch, capsy
     skip = flags.index("--dataset")
     run_script(dpo, *flags[:skip], *flags[skip + 2:], "--epochs", 1, "--eval-every", 100, "--output-dir", tmp_path / "o")
     train, held_out = seen
-    assert 50 < len(train) <= 120 and len(held_out) <= 10 and f"{len(train)} training pairs" in capsys.readouterr().out
+    assert 50 < len(train) <= 120 and len(held_out) <= 10 and f"{len(train)} pairs, {len(held_out)} held out" in capsys.readouterr().out
     tokenizer, judge = byte_tokenizer(), dpo.make_judge("--reward", tiny_flags[1])
     for row in train + held_out:
         better, worse = judge([row, row], tokenizer.batch_decode([row["chosen"], row["rejected"]], skip_special_tokens=True))
@@ -259,8 +330,9 @@ def test_eval_only(finished, capsys):
 @pytest.mark.parametrize("bad, said", [
     (["--prompts-per-step", 7], "--micro-batch-size 2: must divide --prompts-per-step"),
     (["--dataset", "nowhere.jsonl"], "--dataset nowhere.jsonl"),
-    (["--max-length", 5], "--dataset: only 0 pairs fit --max-length"),
-    (["--prompts-per-step", 32], "--dataset: only 40 pairs"),
+    (["--max-length", 5], "--dataset, --eval-dataset: too few pairs; see --max-length"),
+    (["--prompts-per-step", 32], "--dataset, --eval-dataset: too few pairs"),
+    (["--beta", 0], "--beta 0.0: must be 1e-06 or more"),
     (["--reward", "some/model"], "--reward some/model: cannot be loaded as path/file.py:function"),
     (["--k", 1], "--k 1: must be 2 or more"),
     (["--label-smoothing", 0.5], "--label-smoothing 0.5: must be 0 to under 0.5"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -199,15 +200,20 @@ def test_sdpa_takes_the_packed_masks(monkeypatch):
     assert torch.allclose(shared(*batch), eager, atol=1e-5)
 
 
-def test_swapped_labels_mirror_the_metrics():
-    tokenizer = byte_tokenizer(pad_token="<|pad|>")
-    rows = rows_of(GROUPS, tokenizer)
-    scores = torch.randn(sum(len(row["ids"]) for row in rows), generator=torch.Generator().manual_seed(0))
-    pairs = reward_model.pair_indices(rows, "cpu")
-    there = reward_model.pair_metrics(torch.tensor(0.0), scores, pairs)
-    back = reward_model.pair_metrics(torch.tensor(0.0), scores, (pairs[1], pairs[0], pairs[2]))
-    assert there["accuracies"].item() == pytest.approx(1 - back["accuracies"].item())
-    assert there["margins"].item() == pytest.approx(-back["margins"].item()) and there["chosen"] == back["rejected"]
+@both
+def test_swapped_labels_mirror_the_evaluation(script):
+    """A data set with chosen and rejected exchanged, read and evaluated with the same model."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    tokenizer, accelerator = byte_tokenizer(pad_token="<|pad|>"), accelerate.Accelerator(cpu=True)
+    data = [{"prompt": p, "chosen": answers[0], "rejected": other} for p, answers in GROUPS for other in answers[1:]]
+    swapped = [dict(pair, chosen=pair["rejected"], rejected=pair["chosen"]) for pair in data]
+    args, model = script.Args(dataset="given"), script.AnswerLogits(classifier(tiny_llama, LABELS[script]))
+    loss = script.bradley_terry if script is reward_model else script.ordinal
+    (there, _, wins), (back, _, losses) = (script.evaluate_pairs(args, accelerator, model, script.group_pairs(args, tokenizer, x)[0], loss)
+                                           for x in (data, swapped))
+    assert 0 < there["accuracies"] < 1 and there["accuracies"] == pytest.approx(1 - back["accuracies"])
+    assert there["margins"] == pytest.approx(-back["margins"], abs=1e-5) and there["chosen"] == pytest.approx(back["rejected"], abs=1e-5)
+    assert torch.allclose(wins, 1 - losses, atol=1e-5) and (wins - 0.5).abs().min() > 1e-5
 
 
 # ---- data
@@ -239,6 +245,36 @@ def test_pairs_of_a_prompt_become_one_row_and_bad_ones_are_counted():
     assert rows[0]["answers"] == ["a", "b", "c"] and rows[0]["ratings"] == [3, 1, 2]
     assert rows[0]["pairs"] == [(0, 1, 2), (2, 1, 1), (0, 2, 1)] and rows[1]["pairs"] == [(0, 1, 0.0)]
     assert [x.tolist() for x in reward_model.pair_indices(rows[:2], "cpu")] == [[0, 2, 0, 3], [1, 1, 2, 4], [2, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("rating", [None, math.nan, math.inf, "5"])
+def test_a_rating_that_is_no_number_counts_as_none(rating):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_rating": 3, "rejected_rating": rating}
+    (row,), _ = reward_model.group_pairs(reward_model.Args(dataset="given"), byte_tokenizer(pad_token="<|pad|>"), [pair])
+    assert row["ratings"] == [3, None] and row["pairs"] == [(0, 1, 0.0)]
+
+
+def test_a_row_that_cannot_be_read_is_named():
+    tokenizer = byte_tokenizer(chat_template="{{ raise_exception('no system role') if messages[0].role == 'system' else 'x' }}")
+    good = dict(prompt="a", chosen="b", rejected="c")
+    for bad in (dict(good, chosen=12, rejected=13), dict(good, prompt=[{"role": "system", "content": "a"}])):
+        with pytest.raises(SystemExit, match="--dataset or --eval-dataset: row 1 is not of strings or messages"):
+            reward_model.group_pairs(reward_model.Args(dataset="given"), tokenizer, [good, bad])
+
+
+def test_the_template_writes_the_only_bos_and_a_string_gets_the_tokenizers():
+    encode = lambda chat: reward_model.encode_answer(byte_tokenizer(begin=True), "hi", "yes", chat)
+    assert byte_tokenizer().decode(encode(True)) == "<s>user:hi</s><s>assistant:yes</s>"
+    assert byte_tokenizer().decode(encode(False)) == "<s>hiyes</s>"
+
+
+def test_the_table_of_grades():
+    """Two answers rated 2 and one rated 7, with sure grades; an unrated one is in the first line alone."""
+    rows = [dict(ratings=[2, 7]), dict(ratings=[2.2, None])]
+    logits = [torch.cat([sure(1), sure(10)]), torch.cat([sure(3), sure(10)])]
+    _, *lines = reward_model_ordinal.grade_table({"before": (None, None), "trained": (None, logits)}, rows).splitlines()
+    assert [line.split()[:3] for line in lines] == [["all", "4", "6.00"], ["2", "2", "2.00"], ["7", "1", "10.00"]]
+    assert lines[1].split()[3:] == "0.50 0.00 0.50 0.00 0.00 0.00 0.00 0.00 0.00 0.00".split()
 
 
 # ---- runs
@@ -292,7 +328,7 @@ def table(stdout, title):
 
 def test_it_learns_and_shows_it(finished):
     script, _, out, stdout = finished
-    assert "144 training pairs of 48 prompts, 36 of 12 held out, 0 dropped" in stdout
+    assert "144 pairs of 48 prompts, held out: 36 pairs of 12 prompts; 0 dropped" in stdout
     before, trained = table(stdout, "before"), table(stdout, "trained")
     # the new head is 0: every answer starts with the same score, or the same p = 0.1 for each grade; a tie is not right
     assert before["loss"] == pytest.approx(math.log(2) if script is reward_model else -math.log(0.45), abs=1e-3)
@@ -303,6 +339,8 @@ def test_it_learns_and_shows_it(finished):
     tags = {"loss/reward", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "eval/loss", "eval/accuracies",
             "policy/grad_norm", "charts/learning_rate", "charts/pairs_per_second"}
     assert tags <= set(events.Tags()["scalars"]) and events.Tags()["images"] == ["eval/reliability"]
+    assert ("mean probability of grade" in stdout) == ("eval/grades" in events.Tags()["histograms"]) == (script is reward_model_ordinal)
+    assert (stdout.count("p: 0.10 0.10") == 6) == (script is reward_model_ordinal)  # of the six answers shown, before
     assert "eval/scores" in events.Tags()["histograms"] and "eval/samples/text_summary" in events.Tags()["tensors"]
     assert [e.step for e in events.Scalars("eval/accuracies")] == [0, 10, 20, 30]
 
@@ -351,6 +389,7 @@ def test_resume_is_bit_exact(finished, tmp_path):
     again = load_file(out / "final/model.safetensors")
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     assert table(resumed, "trained") == table(stdout, "trained")
+    assert "\nstep 20 " in resumed and "\nbefore " not in resumed
     assert torch.load(out / "final/trainer_state.pt", weights_only=True)["step"] == 30
 
 
@@ -399,9 +438,9 @@ def test_built_in_pairs(monkeypatch, tmp_path, script=reward_model):
 @both
 @pytest.mark.parametrize("rows, flags, said", [
     ([{"prompt": "a", "chosen": "b"}], [], "needs columns chosen and rejected"),
-    ([{"prompt": "a", "chosen": "b", "rejected": None}, {"prompt": "a", "chosen": "b", "rejected": "c"}], [], "1 prompts have pairs"),
-    ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(5)], [], "5 prompts have pairs within --max-length"),
-    ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)], ["--max-length", 2], "0 prompts have pairs within --max-length 2"),
+    ([{"prompt": "a", "chosen": "b", "rejected": None}, {"prompt": "a", "chosen": "b", "rejected": "c"}], [], "1 different prompts have pairs"),
+    ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(5)], [], "5 different prompts have pairs within --max-length"),
+    ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)], ["--max-length", 2], "0 different prompts have pairs within --max-length 2"),
     ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)], ["--eval-dataset", "none.jsonl"], "--eval-dataset none.jsonl"),
     ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)], ["--eval-only", "--eval-prompts", 0], "--eval-prompts 0"),
     ([{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)], ["--resume", "nowhere"], "--resume nowhere"),
@@ -427,11 +466,28 @@ def test_margin_asks_for_more(tiny, pairs, tmp_path, capsys):
     assert loss[1] > loss[0] + 0.3
 
 
-def test_eval_only_reads_a_saved_model(finished, pairs, capsys):
+def test_eval_only_reads_a_saved_model_and_its_own_data_set(finished, pairs, tmp_path, capsys):
+    """The twelve prompts held out of --dataset, or given as --eval-dataset: then nothing else is read, nor sampled."""
     script, _, out, stdout = finished
-    run(script, *FLAGS, "--model", out / "final", "--dataset", pairs, "--eval-only")
-    again = table(capsys.readouterr().out, "before")
-    assert again == pytest.approx(table(stdout, "trained"), abs=2e-3)
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text("".join(Path(pairs).read_text().splitlines(keepends=True)[-36:]))
+    for flags in (["--dataset", pairs], ["--eval-dataset", held_out], ["--eval-dataset", held_out, "--eval-split", "train"]):
+        run(script, *FLAGS, "--model", out / "final", "--eval-only", *flags)
+        assert table(capsys.readouterr().out, "before") == pytest.approx(table(stdout, "trained"), abs=2e-3)
+
+
+def test_an_evaluation_data_set_keeps_all_of_the_other_for_training(tiny, pairs, tmp_path, capsys):
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text("".join(Path(pairs).read_text().splitlines(keepends=True)[-36:]))
+    run(reward_model, *FLAGS, "--model", tiny, "--dataset", pairs, "--eval-dataset", held_out, "--total-steps", 1, "--output-dir", tmp_path / "o")
+    assert "180 pairs of 60 prompts, held out: 36 pairs of 12 prompts" in capsys.readouterr().out
+
+
+def test_a_head_of_another_size_is_refused(finished, pairs):
+    script, _, out, _ = finished
+    other = SCRIPTS[script is reward_model]
+    with pytest.raises(SystemExit, match="--model .*its head has another number of labels"):
+        run(other, *FLAGS, "--model", out / "final", "--dataset", pairs, "--eval-only")
 
 
 @both

@@ -1,5 +1,6 @@
 """The script as its user meets it: runs, output, resume, processes, scorers, data, and what it says to bad input."""
 import ast
+import dataclasses
 import gzip
 import json
 import os
@@ -209,7 +210,11 @@ def test_file_formats(tmp_path, name, monkeypatch):
     train, held_out, _ = rloo.load_prompts(args, byte_tokenizer())
     assert [row["prompt"] for row in train + held_out] == [f"say {i}" for i in range(5)]
     assert train[0]["text"] == "<s>user:say 0</s><s>assistant:"
-    assert train[0]["ids"].count(0) == 2 and train[0]["ids"].count(1) == 1  # no second BOS or EOS
+    assert train[0]["ids"].count(0) == 2 and train[0]["ids"].count(1) == 1
+    train, _, _ = rloo.load_prompts(args, byte_tokenizer(begin=True))
+    assert train[0]["ids"].count(0) == 2 and train[0]["ids"].count(1) == 1  # the template's BOS is not doubled
+    train, _, _ = rloo.load_prompts(dataclasses.replace(args, chat=False), byte_tokenizer(begin=True))
+    assert train[0]["ids"].count(0) == 1 and train[0]["ids"][0] == 0  # a string gets the tokenizer's
 
 
 def test_messages_go_through_the_template_and_reach_the_reward_as_messages(tiny_flags, write_jsonl, reward, run, tmp_path, capsys):
@@ -285,9 +290,9 @@ def refused(run, capsys, *flags):
     (["--reward", "REWARD:short"], "finite scores"),
     (["--reward", "REWARD:nan"], "finite scores"),
     (["--reward", "REWARD:raises"], "raised KeyError('final')"),
-    (["--reward", "no-such-model"], "no-such-model"),
+    (["--reward", "no-such-model"], "--reward no-such-model: no hub id or folder"),
     (["--reward", "TINY"], "not a trained classifier, it lacks score.weight"),
-    (["--model", "no-such-model"], "no-such-model"),
+    (["--model", "no-such-model"], "--model, --resume, --reward no-such-model: no hub id or folder"),
     (["--resume", "TINY"], "no checkpoint of rloo.py"),
 ])
 def test_bad_input(run, capsys, tiny, tiny_flags, write_jsonl, reward, tmp_path, flags, said):
@@ -324,6 +329,7 @@ def test_an_output_directory_in_use_and_a_foreign_checkpoint(run, capsys, tiny_f
     state = torch.load(tmp_path / "final/trainer_state.pt")
     torch.save({**state, "script": "ppo"}, tmp_path / "final/trainer_state.pt")
     assert "no checkpoint of rloo.py" in refused(run, capsys, "--resume", tmp_path / "final")
+    assert "in use" in refused(run, capsys, "--resume", finished[0] / "final", "--output-dir", tmp_path)  # of another run
 
 
 def test_a_checkpoint_of_another_model(run, capsys, finished, tmp_path):
