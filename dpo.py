@@ -371,8 +371,8 @@ def main(args: Args) -> None:
     local_policy, done, evaluations, pairs = AnswerLogps(model), 0, {}, {}
     policy = accelerator.prepare(local_policy)
     reference = copy.deepcopy(model).requires_grad_(False)
-    for linear in (x for x in reference.modules() if bf16 and isinstance(x, torch.nn.Linear)):  # as autocast would
-        linear.weight = torch.nn.Parameter(linear.weight.bfloat16(), requires_grad=False)
+    for linear in (x for x in reference.modules() if bf16 and isinstance(x, torch.nn.Linear)):
+        linear.weight = torch.nn.Parameter(linear.weight.bfloat16(), requires_grad=False)  # autocast's cast, done once
     reference = accelerator.prepare_model(AnswerLogps(reference), evaluation_mode=True)
     if not args.dataset:
         pick = lambda rows, *most: ranked_pairs(args, accelerator, model, tokenizer, rows, judge, *most)

@@ -85,7 +85,7 @@ REQUESTS = (
     "Give your honest opinion of {}.", "Write a diary entry about {}.", "What are people saying about {}?")
 
 def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
-    """(training rows, held-out rows, number dropped as empty or too long); "text" is what the model reads."""
+    """(training rows, held-out rows, number dropped as empty, too long or held out); "text" is what the model reads."""
     data = [{"prompt": request.format(subject)} for subject in SUBJECTS for request in REQUESTS]
     if args.dataset:
         from datasets import load_dataset
@@ -106,10 +106,11 @@ def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
         ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]  # a template writes its own
         if prompt and len(ids) <= args.max_prompt_length:
             rows.append(dict(prompt=prompt, messages=messages, text=text, ids=ids, columns=columns))
-    split = len(rows) - args.eval_prompts
-    if split < (0 if args.eval_only else args.prompts_per_step) or args.eval_prompts < args.eval_only:
+    held_out = rows[max(0, len(rows) - args.eval_prompts):]
+    train = [row for row in rows[:-args.eval_prompts or None] if row["ids"] not in [other["ids"] for other in held_out]]
+    if len(train) < args.prompts_per_step * (not args.eval_only) or len(held_out) < args.eval_only:
         sys.exit(f"--dataset: only {len(rows)} prompts fit --max-prompt-length; --eval-prompts and a step need more")
-    return rows[:split], rows[split:], len(data) - len(rows)
+    return train, held_out, len(data) - len(train + held_out)
 
 def random_stream(*key: int) -> torch.Generator:
     """Random numbers that depend on `key` alone: a resumed run needs no saved state."""
@@ -319,7 +320,7 @@ def main(args: Args) -> None:
     tokenizer.eos_token or sys.exit(f"--model {args.model}: its tokenizer has no EOS token: set one and save it")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # either will do: no mask looks for it
     train, held_out, dropped = load_prompts(args, tokenizer)
-    accelerator.print(f"{len(train)} training prompts, {len(held_out)} held out, {dropped} dropped (empty or too long)")
+    accelerator.print(f"{len(train)} prompts, {len(held_out)} held out, {dropped} dropped (empty, too long, held out)")
     specs = {"score": ("--reward", args.reward), "gold": ("--eval-reward", args.eval_reward)}
     scorers = {name: make_scorer(flag, spec, device) for name, (flag, spec) in specs.items() if spec}
     options = {"dtype": torch.float32, "attn_implementation": None if cuda else "eager"}  # on CPU sdpa trains slowly
@@ -328,9 +329,8 @@ def main(args: Args) -> None:
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     model.generation_config.update(eos_token_id=list(eos), do_sample=True)  # sampled: else saving rejects temperature
     reference = copy.deepcopy(model).requires_grad_(False)
-    for module in reference.modules():  # weights that autocast would cast are kept in bf16: the same numbers
-        if bf16 and isinstance(module, torch.nn.Linear):
-            module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
+    for linear in (x for x in reference.modules() if bf16 and isinstance(x, torch.nn.Linear)):
+        linear.weight = torch.nn.Parameter(linear.weight.bfloat16(), requires_grad=False)  # autocast's cast, done once
     reference = accelerator.prepare_model(ResponseLogprobs(reference), evaluation_mode=True)
     local_policy, done = ResponseLogprobs(model), 0
     policy = accelerator.prepare(local_policy)

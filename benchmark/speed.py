@@ -15,7 +15,7 @@
 SmolLM2-135M with fp32 weights, bf16 autocast, no gradient checkpointing. rloo: the built-in prompts, 8 prompts x k 4,
 24 new tokens, KL in the reward, vader; ppo: the same, one epoch. reward_model, dpo: the first pairs of the dataset of at
 most 256 tokens, as raw text, 8 a step. Both sides take a step in one pass, as TRL does by default; ours by default take 4
-prompts a pass (--micro-batch-size 4), which needs less memory. Each turn is a process of its own; the first two steps of each are
+prompts a pass (--micro 4), which needs less memory. Each turn is a process of its own; the first two steps of each are
 warm-up. Peak memory is the process's largest resident set, model loading included. TRL is a dependency of this file only.
 """
 import argparse
@@ -37,7 +37,7 @@ PAIRS = ("reward_model", "dpo")
 def ours(script, flags, out):
     """A script by its command line; its own curve has the samples a second of each step."""
     command = [sys.executable, str(ROOT / f"{script}.py"), "--total-steps", str(flags.steps), "--eval-prompts", "0",
-               "--prompts-per-step", str(flags.prompts), "--micro-batch-size", str(flags.micro_batch_size or flags.prompts),
+               "--prompts-per-step", str(flags.prompts), "--micro-batch-size", str(flags.micro or flags.prompts),
                "--model", flags.model, "--output-dir", out]
     if script in PAIRS:
         return [*command, "--dataset", flags.dataset, "--max-length", str(flags.length)]
@@ -134,7 +134,7 @@ def main():
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dataset", default=None, help="reward_model, dpo: a file of pairs: prompt, chosen, rejected, all strings")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--micro-batch-size", type=int, default=0, help="of our scripts; 0: --prompts, a step in one pass")
+    parser.add_argument("--micro", type=int, default=0, help="of our scripts; 0: --prompts, a step in one pass")
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--length", type=int, default=256)

@@ -220,7 +220,7 @@ def test_file_formats(tmp_path, name, monkeypatch):
 def test_messages_go_through_the_template_and_reach_the_reward_as_messages(tiny_flags, write_jsonl, reward, run, tmp_path, capsys):
     data = write_jsonl([{"prompt": [{"role": "user", "content": f"say {i}"}]} for i in range(20)])
     run(*tiny_flags, "--dataset", data, "--reward", reward("messages"), "--total-steps", 1, "--output-dir", tmp_path / "o")
-    assert "10 training prompts, 10 held out, 0 dropped" in capsys.readouterr().out
+    assert "10 prompts, 10 held out, 0 dropped" in capsys.readouterr().out
 
 
 def test_long_and_empty_prompts_are_dropped_and_counted(tiny, write_jsonl):
@@ -228,6 +228,15 @@ def test_long_and_empty_prompts_are_dropped_and_counted(tiny, write_jsonl):
     args = rloo.Args(model=tiny, dataset=data, eval_prompts=1, max_prompt_length=10, prompts_per_step=2, micro_batch_size=1)
     train, held_out, dropped = rloo.load_prompts(args, byte_tokenizer())
     assert [r["prompt"] for r in train] == ["a", "c"] and [r["prompt"] for r in held_out] == ["d"] and dropped == 3
+
+
+def test_a_held_out_prompt_is_not_trained_on(tiny, write_jsonl):
+    data = write_jsonl([{"prompt": p} for p in "abcaabd"])
+    args = rloo.Args(model=tiny, dataset=data, eval_prompts=3, prompts_per_step=1, micro_batch_size=1)
+    train, held_out, dropped = rloo.load_prompts(args, byte_tokenizer())
+    assert [r["prompt"] for r in train] == ["c"] and [r["prompt"] for r in held_out] == ["a", "b", "d"] and dropped == 3
+    train, held_out, dropped = rloo.load_prompts(dataclasses.replace(args, eval_prompts=0), byte_tokenizer())
+    assert len(train) == 7 and held_out == [] and dropped == 0
 
 
 def save_classifier(path, labels, pad=1):
@@ -414,7 +423,7 @@ def test_the_readmes_examples_with_your_model_data_and_reward(tiny, tmp_path):
     shell = f'python() {{ {sys.executable} "$@"; }}\naccelerate() {{ shift; script=$1; shift; {sys.executable} {ROOT}/$script "$@" {toy}; }}\n'
     result = subprocess.run(["bash", "-ec", shell + block], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("10 training prompts, 2 held out, 0 dropped") == 3
+    assert result.stdout.count("10 prompts, 2 held out, 0 dropped") == 3
 
 
 # ---- the file itself
@@ -468,7 +477,7 @@ def test_smollm2_end_to_end_with_the_readme_command(tmp_path):
                "--total-steps", "2", "--eval-prompts", "10", "--output-dir", str(tmp_path / "o")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "230 training prompts, 10 held out" in result.stdout
+    assert "230 prompts, 10 held out" in result.stdout
     sft = next(line.split() for line in result.stdout.splitlines() if line.startswith("SFT"))
     assert float(sft[2]) == 0  # KL, exactly
     chat = pipeline("text-generation", str(tmp_path / "o/final"))
