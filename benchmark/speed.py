@@ -13,8 +13,8 @@
     uv run benchmark/speed.py ppo --steps 6 --rounds 2          # against rloo.py: TRL has no PPO any more
 
 SmolLM2-135M with fp32 weights, bf16 autocast, no gradient checkpointing. rloo: the built-in prompts, 8 prompts x k 4,
-24 new tokens, KL in the reward, vader; ppo: the same, one epoch. reward_model, dpo: the first pairs of the dataset of at
-most 256 tokens, as raw text, 8 a step. Both sides take a step in one pass, as TRL does by default; ours by default take 4
+24 new tokens, KL in the reward, vader; ppo: the same, one epoch, two minibatches. reward_model, dpo: the first pairs of the dataset of at
+most 256 tokens, as raw text, 8 a step. All take a step (ppo: a minibatch) in one pass, as TRL does by default; ours by default take 4
 prompts a pass (--micro 4), which needs less memory. Each turn is a process of its own; the first two steps of each are
 warm-up. Peak memory is the process's largest resident set, model loading included. TRL is a dependency of this file only.
 """
@@ -37,7 +37,7 @@ PAIRS = ("reward_model", "dpo")
 def ours(script, flags, out):
     """A script by its command line; its own curve has the samples a second of each step."""
     command = [sys.executable, str(ROOT / f"{script}.py"), "--total-steps", str(flags.steps), "--eval-prompts", "0",
-               "--prompts-per-step", str(flags.prompts), "--micro-batch-size", str(flags.micro or flags.prompts),
+               "--prompts-per-step", str(flags.prompts), "--micro-batch-size", str(flags.micro or flags.prompts // (1 + (script == "ppo"))),
                "--model", flags.model, "--output-dir", out]
     if script in PAIRS:
         return [*command, "--dataset", flags.dataset, "--max-length", str(flags.length)]

@@ -118,7 +118,12 @@ def test_bad_pairs_are_dropped_and_counted():
     assert len(rows) == 1 and dropped == 6
 
 
-@pytest.mark.parametrize("pair", [dict(prompt="a", chosen=12, rejected=13), dict(chosen={"role": "user"}, rejected={"role": "user"}),
+def test_a_model_without_chat_template_is_named():
+    with pytest.raises(SystemExit, match="--model .*no chat template"):
+        dpo.encode_pairs(dpo.Args(), byte_tokenizer(chat_template=None), [dict(prompt="a", chosen="+", rejected="-")], built_in=True)
+
+
+@pytest.mark.parametrize("pair", [dict(prompt="a", chosen=12, rejected=13), dict(prompt=12, chosen="a", rejected="b"), dict(chosen={"role": "user"}, rejected={"role": "user"}),
                                   dict(prompt=[{"role": "system", "content": "a"}], chosen="b", rejected="c")])
 def test_a_row_that_cannot_be_read_is_named(pair):
     tokenizer = byte_tokenizer(chat_template="{{ raise_exception('no system role') if messages[0].role == 'system' else 'x' }}")
