@@ -28,7 +28,7 @@ class Args:
     reward: str = "vader"  # ranks the built-in answers, scores those of the evaluation: vader or path/file.py:function
     loss_type: typing.Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # see dpo_loss
     beta: float = 0.1  # the larger, the closer to the reference (simpo, which has none: try 2)
-    label_smoothing: float = 0.0  # assumed share of wrong labels, under 0.5 (not for ipo and hinge)
+    label_smoothing: float = 0.0  # assumed share of wrong labels, under 0.5: robust needs it (not for ipo and hinge)
     simpo_margin: float = 0.5  # gamma of simpo
     precompute_ref: bool = False  # ask the reference before training; a GPU then holds it in evaluations alone
     k: int = 8  # built-in pairs: answers that the policy samples a prompt; k // 2 pairs of good and bad (ranked_pairs)

@@ -36,7 +36,7 @@ class Args:
     max_length: int = 512  # pairs with a longer text, prompt and answer, in tokens, are dropped (and counted)
     prompts_per_step: int = 4  # prompts, with all of their answers, in an optimizer step, over all processes
     micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds the memory
-    learning_rate: float = 3e-4  # its peak: linear warm-up, then linear to 0 (prompts of a single pair: try 5e-5)
+    learning_rate: float = 6e-4  # its peak: linear warm-up, then linear to 0 (prompts of a single pair: try 5e-5)
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 0  # optimizer steps; 0: one epoch
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm

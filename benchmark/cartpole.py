@@ -84,8 +84,8 @@ def main():
         line = f"{algo:>20}{f'{len(solved)} of {len(mine)}':>20}"
         for name in COLUMNS[2:]:
             values = [row[name] for row in mine if row[name] is not None] or [float("nan")]
-            digits = 0 if "steps" in name or name == "SPS" else 1
-            line += f"{f'{statistics.mean(values):.{digits}f} ± {statistics.pstdev(values):.{digits}f}':>20}"
+            digits, spread = 0 if "steps" in name or name == "SPS" else 1, statistics.stdev(values) if len(values) > 1 else 0.0
+            line += f"{f'{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}':>20}"
         low = min(row["greedy"] for row in mine), min(row["last_100"] for row in mine)
         slow = max(row["seconds_to_solve"] or float("inf") for row in mine)
         print(line + f"   lowest greedy {low[0]}, lowest last_100 {low[1]}, slowest {slow} s")
