@@ -86,26 +86,25 @@ REQUESTS = (
 
 def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
     """(training rows, held-out rows, number dropped as empty, too long or held out); "text" is what the model reads."""
-    data = [{"prompt": request.format(subject)} for subject in SUBJECTS for request in REQUESTS]
-    if args.dataset:
-        from datasets import load_dataset
-        kind = args.dataset.removesuffix(".gz").rpartition(".")[2].replace("jsonl", "json")
-        source = [kind, None, None, args.dataset] if os.path.isfile(args.dataset) else args.dataset.split(":")
-        try:
+    data, rows = [{"prompt": request.format(subject)} for subject in SUBJECTS for request in REQUESTS], []
+    try:
+        if args.dataset:
+            from datasets import load_dataset
+            kind = args.dataset.removesuffix(".gz").rpartition(".")[2].replace("jsonl", "json")
+            source = [kind, None, None, args.dataset] if os.path.isfile(args.dataset) else args.dataset.split(":")
             data = [dict(x, prompt=x[args.prompt_column]) for x in load_dataset(*source, split=args.dataset_split)]
-        except Exception as error:
-            sys.exit(f"--dataset {args.dataset}, with this --dataset-split and --prompt-column: {error!r:.300}")
-    rows = []
-    for columns in data:
-        text = prompt = columns["prompt"] or ""
-        messages = [{"role": "user", "content": prompt}] if args.chat or not args.dataset else None
-        messages = prompt if isinstance(prompt, list) else messages
-        if messages:
-            tokenizer.chat_template or sys.exit(f"--model {args.model}: has no chat template; use an instruct model")
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]  # a template writes its own
-        if prompt and len(ids) <= args.max_prompt_length:
-            rows.append(dict(prompt=prompt, messages=messages, text=text, ids=ids, columns=columns))
+        for columns in data:
+            text = prompt = columns["prompt"] or ""
+            messages = [{"role": "user", "content": prompt}] if args.chat or not args.dataset else None
+            messages = prompt if isinstance(prompt, list) else messages
+            if messages:
+                tokenizer.chat_template or sys.exit(f"--model {args.model}: no chat template; use an instruct model")
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=not messages)["input_ids"]  # a template writes its own
+            if prompt and len(ids) <= args.max_prompt_length:
+                rows.append(dict(prompt=prompt, messages=messages, text=text, ids=ids, columns=columns))
+    except Exception as error:  # a chat template raises what it likes
+        sys.exit(f"--dataset {args.dataset}, with this --dataset-split and --prompt-column: {error!r:.300}")
     held_out = rows[max(0, len(rows) - args.eval_prompts):]
     train = [row for row in rows[:-args.eval_prompts or None] if row["text"] not in [x["text"] for x in held_out]]
     if len(train) < args.prompts_per_step * (not args.eval_only) or len(held_out) < args.eval_only:

@@ -290,6 +290,7 @@ def refused(run, capsys, *flags):
     (["--eval-only", "--eval-prompts", 0], "--eval-prompts"),
     (["--dataset", "no/such/file.jsonl"], "--dataset"),
     (["--dataset", "DATA", "--prompt-column", "question"], "--prompt-column: KeyError('question')"),
+    (["--dataset", "NUMBERS"], "--prompt-column: ValueError"),
     (["--dataset", "EMPTY"], "--dataset"),
     (["--dataset", "DATA"], "--dataset: only 3 prompts"),
     (["--dataset", "DATA", "--dataset-split", "nope"], "--dataset-split"),
@@ -308,7 +309,8 @@ def refused(run, capsys, *flags):
     (["--resume", "TINY"], "no checkpoint of rloo.py"),
 ])
 def test_bad_input(run, capsys, tiny, tiny_flags, write_jsonl, reward, tmp_path, flags, said):
-    names = {"DATA": write_jsonl([{"prompt": "a", "n": 1}] * 3), "EMPTY": write_jsonl([], "empty.jsonl"), "TINY": tiny}
+    names = {"DATA": write_jsonl([{"prompt": "a", "n": 1}] * 3), "EMPTY": write_jsonl([], "empty.jsonl"), "TINY": tiny,
+             "NUMBERS": write_jsonl([{"prompt": 5}] * 9, "numbers.jsonl")}
     flags = [names.get(flag, str(flag).replace("REWARD", reward("")[:-1])) for flag in flags]
     assert said in refused(run, capsys, *tiny_flags, "--output-dir", tmp_path / "o", *flags)
 
@@ -316,6 +318,7 @@ def test_bad_input(run, capsys, tiny, tiny_flags, write_jsonl, reward, tmp_path,
 @pytest.mark.parametrize("tokenizer, flags, said", [
     (byte_tokenizer(chat_template=None), [], "no chat template"),
     (byte_tokenizer(eos_token=None, pad_token=None), [], "no EOS token"),
+    (byte_tokenizer(chat_template="{{ raise_exception('no system role') }}"), [], "--prompt-column: TemplateError('no system role')"),
 ])
 def test_bad_tokenizers(run, capsys, tiny_flags, tmp_path, tokenizer, flags, said):
     tiny_llama().save_pretrained(tmp_path / "m")
