@@ -104,7 +104,7 @@ def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
             if prompt and len(ids) <= args.max_prompt_length:
                 rows.append(dict(prompt=prompt, messages=messages, text=text, ids=ids, columns=columns))
     except Exception as error:  # a chat template raises what it likes
-        sys.exit(f"--dataset {args.dataset}, with this --dataset-split and --prompt-column: {error!r:.300}")
+        sys.exit(f"--dataset {args.dataset}, read with these --model, --dataset-split, --prompt-column: {error!r:.300}")
     held_out = rows[max(0, len(rows) - args.eval_prompts):]
     train = [row for row in rows[:-args.eval_prompts or None] if row["text"] not in [x["text"] for x in held_out]]
     if len(train) < args.prompts_per_step * (not args.eval_only) or len(held_out) < args.eval_only:

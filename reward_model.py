@@ -16,7 +16,7 @@ k(k-1)/2 pairs (Ouyang et al. 2022, InstructGPT, arXiv 2203.02155, section 3.5).
     accelerate launch reward_model.py                         # SmolLM2's own answers, ranked by VADER; offline
     accelerate launch reward_model.py --dataset pairs.jsonl --chat --prompts-per-step 16 --learning-rate 5e-5
     accelerate launch rloo.py --reward runs/reward_model__1__1767225600/final --eval-reward vader
-Default run: 7 to 9 minutes on two CPU cores, accuracy .81 (README). Saved: a plain sequence classifier. No LoRA.
+Default run: 5 to 8 minutes on two CPU cores, accuracy .81 (README). Saved: a plain sequence classifier. No LoRA.
 """
 import ctypes, dataclasses, importlib.util, itertools, math, os, pathlib, shutil, sys, time, typing
 import accelerate, torch, torch.utils.tensorboard, transformers, tyro

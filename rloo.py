@@ -18,7 +18,7 @@ Ahmadian et al. 2024, Back to Basics, arXiv 2402.14740; the estimator: Kool et a
     accelerate launch rloo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset prompts.jsonl --chat --reward my.py:reward
     accelerate launch rloo.py --resume runs/rloo__1__1767225600/checkpoint-20     # after --save-every 20
 
-The default run: 5 to 7 minutes on two CPU cores, held-out score 0.28 -> 0.74 (five seeds: see the README).
+The default run: 5 to 9 minutes on two CPU cores, held-out score 0.28 -> 0.74 (five seeds: see the README).
 Left out on purpose: several updates a batch and ratio clipping (with one update the ratio is 1), LoRA, vLLM, top-p.
 """
 import copy, ctypes, dataclasses, importlib.util, math, os, pathlib, runpy, shutil, sys, time, traceback, typing
@@ -104,7 +104,7 @@ def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
             if prompt and len(ids) <= args.max_prompt_length:
                 rows.append(dict(prompt=prompt, messages=messages, text=text, ids=ids, columns=columns))
     except Exception as error:  # a chat template raises what it likes
-        sys.exit(f"--dataset {args.dataset}, with this --dataset-split and --prompt-column: {error!r:.300}")
+        sys.exit(f"--dataset {args.dataset}, read with these --model, --dataset-split, --prompt-column: {error!r:.300}")
     held_out = rows[max(0, len(rows) - args.eval_prompts):]
     train = [row for row in rows[:-args.eval_prompts or None] if row["text"] not in [x["text"] for x in held_out]]
     if len(train) < args.prompts_per_step * (not args.eval_only) or len(held_out) < args.eval_only:
