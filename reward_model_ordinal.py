@@ -377,7 +377,8 @@ def main(args: Args) -> None:
     model, info = load(transformers.AutoModelForSequenceClassification, args.resume or args.model, **options)
     hasattr(model, "score") or sys.exit(f"--model {args.model}: no head `score`; use a decoder, as Llama or Qwen")
     info["mismatched_keys"] and sys.exit(f"--model {args.model}: its head has another number of labels than here")
-    info["missing_keys"] and torch.nn.init.zeros_(model.score.weight)  # a new head: all answers start with one score
+    if info["missing_keys"]:  # a new head: from 0 it takes far more steps, from a larger one too (ten logits)
+        torch.nn.init.normal_(model.score.weight, 0, model.score.in_features ** -0.5 / 4, random_stream(args.seed, 3))
     model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings), mean_resizing=False)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     model.get_input_embeddings().padding_idx = None  # it was the EOS in some configs, and kept that from learning

@@ -15,6 +15,7 @@ import reward_model
 import rloo
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
+import bag_of_words  # noqa: E402
 import baselines  # noqa: E402
 import compare  # noqa: E402
 import data  # noqa: E402
@@ -86,6 +87,18 @@ def test_variances_and_advantages_of_the_baselines(tiny_flags, monkeypatch, caps
     assert rloo.rloo_advantages(scores.flatten(), 4).square().mean() == pytest.approx(within * 4 / 3, rel=1e-4)
     text = main(baselines, monkeypatch, capsys, *tiny_flags)
     assert "x 4: variance within prompts" in text and "leave-one-out of 4" in text
+
+
+def test_bag_of_words_learns_a_word_and_reads_the_pairs_of_a_reward_model(tiny, monkeypatch, capsys, tmp_path):
+    train = [(f"thank you {n} kindly", f"go away {n} at once now") for n in range(20)]
+    assert bag_of_words.accuracies(train, [("thank you", "go away"), ("go away", "thank you")]) == (0.5, 0.5)
+    for name, size in (("train", 20), ("test", 5)):
+        rows = [dict(prompt="q", chosen=f"thank {name} {n}", rejected=f"go {name} {n}") for n in range(size)]
+        rows += [dict(prompt="q", chosen="thank " + "x" * 500, rejected="go")]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = main(bag_of_words, monkeypatch, capsys, "--model", tiny, "--dataset", tmp_path / "train.jsonl",
+                "--eval-dataset", tmp_path / "test.jsonl", "--max-length", 100)
+    assert text == "20 pairs, held out: 5; longer wins 1.000, bag of words 1.000\n"
 
 
 def test_data_makes_pairs_openings_and_dialogues(monkeypatch, capsys, tmp_path):

@@ -330,9 +330,9 @@ def test_it_learns_and_shows_it(finished):
     script, _, out, stdout = finished
     assert "144 pairs of 48 prompts, held out: 36 pairs of 12 prompts; 0 dropped" in stdout
     before, trained = table(stdout, "before"), table(stdout, "trained")
-    # the new head is 0: every answer starts with the same score, or the same p = 0.1 for each grade; a tie is not right
-    assert before["loss"] == pytest.approx(math.log(2) if script is reward_model else -math.log(0.45), abs=1e-3)
-    assert before["accuracies"] == before["margins"] == before["rank_corr"] == 0
+    # a new head is random but small: no answer is far ahead yet, and none ties
+    assert before["loss"] == pytest.approx(math.log(2) if script is reward_model else -math.log(0.45), abs=0.3)
+    assert 0 < abs(before["margins"]) < 0.5 and before["accuracies"] < 0.85
     assert trained["accuracies"] >= 0.85 and trained["loss"] < before["loss"] - 0.1
     assert trained["rank_corr"] > 0.7 and trained["margins"] > 0.5 and stdout.count("\nprompt ") == 3
     events = EventAccumulator(str(out)).Reload()
@@ -340,7 +340,7 @@ def test_it_learns_and_shows_it(finished):
             "policy/grad_norm", "charts/learning_rate", "charts/pairs_per_second"}
     assert tags <= set(events.Tags()["scalars"]) and events.Tags()["images"] == ["eval/reliability"]
     assert ("mean probability of grade" in stdout) == ("eval/grades" in events.Tags()["histograms"]) == (script is reward_model_ordinal)
-    assert (stdout.count("p: 0.10 0.10") == 6) == (script is reward_model_ordinal)  # of the six answers shown, before
+    assert (stdout.count(" p: 0.") == 12) == (script is reward_model_ordinal)  # six answers shown, before and trained
     assert "eval/scores" in events.Tags()["histograms"] and "eval/samples/text_summary" in events.Tags()["tensors"]
     assert [e.step for e in events.Scalars("eval/accuracies")] == [0, 10, 20, 30]
 
@@ -481,6 +481,18 @@ def test_an_evaluation_data_set_keeps_all_of_the_other_for_training(tiny, pairs,
     held_out.write_text("".join(Path(pairs).read_text().splitlines(keepends=True)[-36:]))
     run(reward_model, *FLAGS, "--model", tiny, "--dataset", pairs, "--eval-dataset", held_out, "--total-steps", 1, "--output-dir", tmp_path / "o")
     assert "180 pairs of 60 prompts, held out: 36 pairs of 12 prompts" in capsys.readouterr().out
+
+
+@both
+def test_a_new_head_is_the_seeds_and_has_the_size_of_the_reference(script, tiny, pairs, tmp_path):
+    """REFERENCE: std 1 / sqrt(d + 1), a quarter for ten logits. From 0 it takes far more steps: .56 for .70 of the AlpacaEval pairs in an epoch."""
+    heads = []
+    for n, seed in enumerate((1, 1, 2)):
+        run(script, *FLAGS, "--model", tiny, "--dataset", pairs, "--total-steps", 1, "--learning-rate", 0, "--seed", seed, "--output-dir", tmp_path / str(n))
+        heads.append(load_file(tmp_path / str(n) / "final/model.safetensors")["score.weight"])
+    labels, width = heads[0].shape
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert torch.cat(heads[1:]).std() == pytest.approx((width + 1) ** -0.5 * (1 if labels == 1 else 0.25), rel=0.25)
 
 
 def test_a_head_of_another_size_is_refused(finished, pairs):
