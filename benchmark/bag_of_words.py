@@ -9,7 +9,7 @@
 
     uv run benchmark/bag_of_words.py --dataset train.jsonl.gz --eval-dataset test.jsonl.gz --chat --max-length 256
 
-The flags are reward_model.py's, and so are the pairs (but for a token or two that its saved template does not write).
+Flags and pairs are those of reward_model.py (with --chat a few pairs at the length limit differ). Longer: in characters.
 """
 import sys
 from pathlib import Path
@@ -42,6 +42,8 @@ def accuracies(train, test):
 
 def main():
     args = tyro.cli(reward_model.Args)
+    if not (args.dataset and args.eval_dataset):
+        sys.exit("--dataset and --eval-dataset: give both")
     tokenizer = reward_model.load(transformers.AutoTokenizer, args.model)
 
     def read(flag, name, split):

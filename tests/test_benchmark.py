@@ -90,15 +90,15 @@ def test_variances_and_advantages_of_the_baselines(tiny_flags, monkeypatch, caps
 
 
 def test_bag_of_words_learns_a_word_and_reads_the_pairs_of_a_reward_model(tiny, monkeypatch, capsys, tmp_path):
-    train = [(f"thank you {n} kindly", f"go away {n} at once now") for n in range(20)]
-    assert bag_of_words.accuracies(train, [("thank you", "go away"), ("go away", "thank you")]) == (0.5, 0.5)
+    train = [(f"thank you {n} kindly" + " so" * (n % 2) * 9, f"go away {n} at once now") for n in range(20)]
+    assert bag_of_words.accuracies(train, [("thank you", "go away at once now")]) == (0, 1)  # the longer one is wrong
     for name, size in (("train", 20), ("test", 5)):
-        rows = [dict(prompt="q", chosen=f"thank {name} {n}", rejected=f"go {name} {n}") for n in range(size)]
+        rows = [dict(prompt="q", chosen=f"thank {name} {n}", rejected=f"go off now {name} {n}") for n in range(size)]
         rows += [dict(prompt="q", chosen="thank " + "x" * 500, rejected="go")]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = main(bag_of_words, monkeypatch, capsys, "--model", tiny, "--dataset", tmp_path / "train.jsonl",
                 "--eval-dataset", tmp_path / "test.jsonl", "--max-length", 100)
-    assert text == "20 pairs, held out: 5; longer wins 1.000, bag of words 1.000\n"
+    assert text == "20 pairs, held out: 5; longer wins 0.000, bag of words 1.000\n"
 
 
 def test_data_makes_pairs_openings_and_dialogues(monkeypatch, capsys, tmp_path):
