@@ -26,11 +26,11 @@ class Args:
     eval_split: str | None = None  # split of --eval-dataset; default: --dataset-split
     chat: bool = False  # a string prompt is a user's message, for the chat template (the built-in ones always are)
     reward: str = "vader"  # ranks the built-in answers, scores those of the evaluation: vader or path/file.py:function
-    loss_type: typing.Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # see dpo_loss
+    loss_type: typing.Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # see dpo_loss; simpo: --beta 2
     beta: float = 0.1  # the larger, the closer to the reference (simpo, which has none: try 2)
     label_smoothing: float = 0.0  # assumed share of wrong labels, under 0.5: robust needs it (not for ipo and hinge)
     simpo_margin: float = 0.5  # gamma of simpo
-    precompute_ref: bool = False  # ask the reference before training; a GPU then holds it in evaluations alone
+    precompute_ref: bool = False  # each process asks it about all pairs; a GPU then holds it in evaluations alone
     k: int = 8  # built-in pairs: answers that the policy samples a prompt; k // 2 pairs of good and bad (ranked_pairs)
     temperature: float = 1.0  # of sampling
     max_new_tokens: int = 24  # longest sampled answer, in tokens
@@ -42,7 +42,7 @@ class Args:
     epochs: int = 1  # passes over the pairs
     total_steps: int = 0  # optimizer steps; 0: as many as --epochs take
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
-    eval_prompts: int = 60  # last pairs, held out, with their prompts (built-in: 10 a subject); answered in evaluations
+    eval_prompts: int = 60  # last pairs, held out, with their prompts (built-in: 10 a subject); so many are answered
     eval_every: int = 1000  # steps between evaluations; there is always one before and one after
     eval_only: bool = False  # evaluate --model (with --resume: the checkpoint beside its reference) and stop
     save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last step is always saved, as final/
@@ -95,7 +95,7 @@ def read_pairs(flag, name, split) -> list[dict]:
 
 def split_prompt(pair) -> tuple:
     """(prompt, chosen, rejected) of a row. A prompt that is missing, or is in the messages of both again, is what both
-    begin with: in messages the first ones, in strings (HH-RLHF) everything up to the last turn, in others nothing."""
+    begin with: in messages the first ones, in strings (HH-RLHF) up to the last turn they share, in others nothing."""
     prompt, chosen, rejected = pair.get("prompt"), pair["chosen"], pair["rejected"]
     n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     if prompt is not None and (isinstance(chosen, str) or n == 0 or chosen[0]["role"] == "assistant"):
@@ -111,7 +111,7 @@ def encode_pairs(args, tokenizer, data, built_in=False) -> tuple[list[dict], int
         try:
             prompt, *answers = split_prompt(pair)  # an answer of several messages becomes "", and is dropped
             answers = [x if isinstance(x, str) else len(x) == 1 and x[0]["content"] or "" for x in answers]
-            messages = [{"role": "user", "content": prompt}] if args.chat or built_in else None
+            messages = [dict(role="user", content=prompt)] * (args.chat or built_in or isinstance(pair["chosen"], list))
             messages, text = prompt if isinstance(prompt, list) else messages, prompt or ""
             if messages:
                 tokenizer.chat_template or sys.exit(f"--model {args.model}: no chat template; use an instruct model")
@@ -260,8 +260,8 @@ def ranked_pairs(args, accelerator, model, tokenizer, rows, judge, most=None) ->
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
              loss_type="sigmoid", label_smoothing=0.0, simpo_margin=0.0) -> tuple[torch.Tensor, ...]:
     """4 x (B,) -> losses, chosen_rewards, rejected_rewards, each (B,). sigmoid: DPO, eq. 7, smoothed: cDPO; ipo: arXiv
-    2310.12036, eq. 17; hinge: SLiC as in arXiv 2309.06657; robust: arXiv 2403.00409; simpo: arXiv 2405.14734, where the
-    log-probabilities are means over the tokens and those of the reference are 0."""
+    2310.12036, eq. 17, of sums (TRL: means); hinge: SLiC as in arXiv 2309.06657; robust: arXiv 2403.00409; simpo: arXiv
+    2405.14734, where the log-probabilities are means over the tokens and those of the reference are 0."""
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
     margins = chosen_rewards - rejected_rewards - simpo_margin * (loss_type == "simpo")
@@ -380,7 +380,8 @@ def main(args: Args) -> None:
     accelerator.print(f"{len(train)} pairs, {len(held_out)} held out, {dropped} dropped (bad, long, prompt held out)")
     if not held_out if args.eval_only else len(train) < args.prompts_per_step or args.eval_dataset and not held_out:
         sys.exit("--dataset, --eval-dataset: too few pairs; see --max-length, --eval-prompts, --prompts-per-step")
-    batches = lambda rows: [rows[i:i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)]
+    size, micro = args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
+    batches = lambda rows: [rows[i:i + micro] for i in range(0, len(rows), micro)]
     for rows in batches(train + held_out) if args.precompute_ref and args.loss_type != "simpo" else ():
         for row, ref_logps in zip(rows, pair_logps(args, accelerator, reference, rows).tolist()):
             row["ref_logps"] = ref_logps
@@ -408,9 +409,8 @@ def main(args: Args) -> None:
     writer = accelerator.is_main_process and torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=done + 1)
     if writer:
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in vars(args).items()))
-        for name, value in (pairs["SFT"][0] | evaluations["SFT"][0]).items() if held_out else ():
+        for name, value in (pairs["SFT"][0] | evaluations["SFT"][0]).items() if held_out and not done else ():
             writer.add_scalar(f"eval/{name}", value, 0)
-    size, micro = args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
     for step in (bar := accelerate.utils.tqdm(range(done, total_steps), initial=done, total=total_steps)):
         begin, warmup, decay = time.time(), (step + 1) / (args.warmup_steps + 1), 1 - step / total_steps
         optimizer.param_groups[0]["lr"] = lr = args.learning_rate * min(warmup, decay)

@@ -350,7 +350,7 @@ def main(args: Args) -> None:
     writer = accelerator.is_main_process and torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=done + 1)
     if writer:
         writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in vars(args).items()))
-        for name, value in evaluations["SFT"][0].items() if held_out else ():
+        for name, value in evaluations["SFT"][0].items() if held_out and not done else ():
             writer.add_scalar(f"eval/{name}", value, 0)
     k, size, micro = args.k, args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
     try:

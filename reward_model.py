@@ -94,7 +94,7 @@ def read_pairs(flag, name, split) -> list[dict]:
 
 def split_prompt(pair) -> tuple:
     """(prompt, chosen, rejected) of a row. A prompt that is missing, or is in the messages of both again, is what both
-    begin with: in messages the first ones, in strings (HH-RLHF) everything up to the last turn, in others nothing."""
+    begin with: in messages the first ones, in strings (HH-RLHF) up to the last turn they share, in others nothing."""
     prompt, chosen, rejected = pair.get("prompt"), pair["chosen"], pair["rejected"]
     n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     if prompt is not None and (isinstance(chosen, str) or n == 0 or chosen[0]["role"] == "assistant"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from conftest import byte_tokenizer, run_script, tiny_gpt2, tiny_llama
+from conftest import byte_tokenizer, grad_norm, run_script, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_math import left_pad, plain_logprobs
@@ -71,9 +71,10 @@ ANSWERS = dict(chosen="good", rejected="bad")
     dict(prompt=[{"role": "user", "content": "hi"}], chosen=[{"role": "assistant", "content": "good"}],
          rejected=[{"role": "assistant", "content": "bad"}]),
     {name: [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}] for name, answer in ANSWERS.items()},
+    dict(prompt="hi", chosen=[{"role": "assistant", "content": "good"}], rejected=[{"role": "assistant", "content": "bad"}]),
 ])
 def test_every_format_reads_the_same_with_one_eos(pair):
-    tokenizer, args = byte_tokenizer(), dpo.Args(dataset="x", chat=True)
+    tokenizer, args = byte_tokenizer(), dpo.Args(dataset="x", chat=isinstance(pair["chosen"], str))  # messages are a chat anyway
     (row,), dropped = dpo.encode_pairs(args, tokenizer, [pair])
     assert dropped == 0 and tokenizer.decode(row["ids"]) == "<s>user:hi</s><s>assistant:"
     assert tokenizer.decode(row["chosen"]) == "good</s>" and tokenizer.decode(row["rejected"]) == "bad</s>"
@@ -206,8 +207,23 @@ def test_it_starts_at_ln_2_and_learns(finished):
     assert loss[-1] < 0.5 and accuracy[-1] == 1 and margin[-1] > 0.5 and len(loss) == 3
     assert scalars(finished, "loss/policy")[0] == pytest.approx(math.log(2), abs=1e-6)
     assert scalars(finished, "eval/kl")[0] == 0 and scalars(finished, "eval/kl")[-1] > 0
+    rates = [1e-3 * min((step + 1) / 3, 1 - step / 10) for step in range(10)]  # two steps of warm-up, then linear to 0
+    assert scalars(finished, "charts/learning_rate") == pytest.approx(rates, rel=1e-6)
     for tag in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "policy/grad_norm"):
         assert len(scalars(finished, tag)) == 10
+
+
+@pytest.mark.parametrize("loss_type, expected", [("sigmoid", (0.9, 0.1)), ("robust", (0.9 / 0.8, -0.1 / 0.8)), ("simpo", (0.9, 0.1))])
+def test_the_loss_of_a_run_takes_its_flags(loss_type, expected, monkeypatch):
+    """chosen -4 and rejected -9 over 2 and 3 tokens, the reference -6 and -8: h = 3, means -2 and -3."""
+    logps = {"policy": torch.tensor([[-4.0, -9.0]]), "reference": torch.tensor([[-6.0, -8.0]])}
+    net = lambda name: lambda ids, positions, lengths, temperature: logps[name].flatten()
+    args = dpo.Args(loss_type=loss_type, label_smoothing=0.1, beta=0.5, simpo_margin=0.3)
+    row = dict(ids=[1], chosen=[2, 2], rejected=[3, 3, 3])
+    loss, metrics = dpo.pair_loss(args, accelerate.Accelerator(cpu=True), net("policy"), net("reference"), [row])
+    h = 0.5 * 1 - 0.3 if loss_type == "simpo" else 0.5 * 3
+    assert loss.item() == pytest.approx(expected[0] * math.log1p(math.exp(-h)) + expected[1] * math.log1p(math.exp(h)), abs=1e-6)
+    assert metrics[0, 1:].tolist() == pytest.approx([1, 0.5, -1, -1.5, -2, -3] if loss_type == "simpo" else [1, 1.5, 1, -0.5, -4, -9])
 
 
 @pytest.mark.parametrize("loss_type, at_start", [("ipo", 25.0), ("hinge", 1.0), ("robust", math.log(2)), ("simpo", None)])
@@ -288,6 +304,7 @@ def test_micro_batches_and_processes_change_nothing(finished, flags, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     for out in (tmp_path / "a", tmp_path / "b"):
         assert (gradient(out) - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert grad_norm(out) == pytest.approx(grad_norm(finished), rel=1e-4)  # before clipping, which hides a wrong scale
         assert scalars(out, "rewards/margins")[1] == pytest.approx(scalars(finished, "rewards/margins")[1], abs=1e-4)
 
 

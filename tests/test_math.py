@@ -1,5 +1,7 @@
 """The algorithm's functions: golden numbers, signs, the exact gradient, invariances, the sampling distribution."""
+import ast
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,3 +221,15 @@ def test_random_streams_differ_by_key_and_repeat():
     draw = lambda *key: torch.rand(3, generator=rloo.random_stream(*key)).tolist()
     assert draw(1, 3, 0) == draw(1, 3, 0)
     assert len({tuple(draw(seed, purpose, step)) for seed in (1, 2) for purpose in (0, 3) for step in (0, 1)}) == 8
+
+
+def test_the_same_name_has_the_same_text_in_every_script():
+    """So that what is proved of one copy is proved of all, packed_attention's sliding windows for instance."""
+    texts = {}
+    for script in ("reinforce", "rloo", "ppo", "dpo", "reward_model", "reward_model_ordinal"):
+        source = (Path(rloo.__file__).parent / f"{script}.py").read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("Args", "main"):
+                texts.setdefault(node.name, []).append(ast.get_source_segment(source, node))
+    shared = {name for name, copies in texts.items() if len(copies) > 1}
+    assert shared >= {"load", "save", "generate", "packed_attention"} and all(len(set(texts[name])) == 1 for name in shared)
