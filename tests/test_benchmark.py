@@ -19,6 +19,7 @@ import bag_of_words  # noqa: E402
 import baselines  # noqa: E402
 import compare  # noqa: E402
 import data  # noqa: E402
+import frontier  # noqa: E402
 import pipeline  # noqa: E402
 import seeds  # noqa: E402
 import speed  # noqa: E402
@@ -71,6 +72,17 @@ def test_compare_has_a_row_a_name_and_a_line_a_run(runs, monkeypatch, capsys, tm
         assert float(row["objective_after"]) == pytest.approx(float(row["score_after"]) - 0.05 * float(row["kl_after"]), abs=2e-4)
         assert float(row["objective_before"]) == float(row["score_before"])  # the KL is 0
     assert text.count("trained ") == 1  # an answer of the first seed
+
+
+def test_frontier_has_a_line_a_script_and_a_point_a_run(runs, monkeypatch, capsys, tmp_path):
+    folders = [tmp_path / name for name in ("rloo_kl0.1_1", "rloo_kl0_1", "dpo_beta1e-1_2")]
+    for folder, run in zip(folders, (1, 2, 1)):
+        shutil.copytree(runs / f"rloo{run}", folder)
+    text = main(frontier, monkeypatch, capsys, *folders, "--save", tmp_path / "f")
+    assert (tmp_path / "f.png").stat().st_size > 10_000 and "beta1e-1" in text
+    rows = list(csv.DictReader((tmp_path / "f.csv").open()))
+    assert [(row["script"], row["setting"], row["seed"]) for row in rows] == [("rloo", "kl0.1", "1"), ("rloo", "kl0", "1"), ("dpo", "beta1e-1", "2")]
+    assert float(rows[1]["kl"]) == pytest.approx(seeds.scalars(runs / "rloo2")["eval/kl"][-1][1], abs=1e-4)
 
 
 def test_pipeline_prints_both_kinds_and_draws_them(runs, monkeypatch, capsys, tmp_path):
