@@ -2,16 +2,15 @@
 # requires-python = ">=3.10"
 # dependencies = ["tensorboard>=2.20", "matplotlib>=3.9"]
 # ///
-"""The reward-KL frontier: held-out score over KL at the end of each run, a line an algorithm through its settings.
+"""The reward-KL frontier: held-out score over KL at the end of each run, a line through the settings of each flag.
 
     uv run benchmark/frontier.py runs/frontier/* --save benchmark/frontier
 
-Folders are named {script}_{setting}_{seed}, such as dpo_beta0.1_1 and rloo_kl0.05_1. Figure 2 of the DPO paper (arXiv
-2305.18290). Writes SAVE.csv and SAVE.png; the cross is the model before training.
+Folders are named {script}_{setting}_{seed}, such as dpo_beta0.1_1 and rloo_kl0.05_1; no final/, not finished, left out. Figure 2 of the DPO paper (arXiv
+2305.18290). Writes SAVE.csv and SAVE.png; of one seed, whose untrained model is the cross.
 """
 import argparse
 import csv
-import itertools
 import re
 from pathlib import Path
 
@@ -25,13 +24,19 @@ def main():
     args = parser.parse_args()
     points, rows = {}, []
     for folder in args.folders:
-        script, setting, seed = re.fullmatch(r"([a-z]+)_(.*)_(\d+)", folder.name).groups()
+        match = re.fullmatch(r"([a-z]+)_(.*)_(\d+)", folder.name)
+        if not match or not (folder / "final").exists():
+            print(f"{folder}: not finished, or not named so, left out")
+            continue
+        script, setting, seed = match.groups()
         scalars = read(folder)[1]
         before, after = ([scalars[f"eval/{tag}"][i][1] for tag in ("kl", "score", "distinct_2", "repetition")] for i in (0, -1))
-        points.setdefault(script, []).append((*after[:2], setting))
+        name = f"{script}.py, " + re.sub(r"\d[\d.e-]*", " ", setting).strip()
+        points.setdefault(name, []).append((*after[:2], setting))
         rows.append((script, setting, seed, *(round(x, 4) for x in after)))
     header = ("script", "setting", "seed", "kl", "score", "distinct_2", "repetition")
-    for row in (header, *sorted(rows, key=lambda row: (row[0], row[3]))):
+    rows.sort(key=lambda row: (row[0], row[3]))  # by KL
+    for row in (header, *rows):
         print("".join(f"{value:>12}" for value in row))
     with open(args.save.with_suffix(".csv"), "w", newline="") as file:
         csv.writer(file).writerows((header, *rows))
@@ -40,12 +45,12 @@ def main():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
-    for color, (script, runs) in zip(itertools.cycle(plt.cm.tab10.colors), points.items()):
+    for color, (name, runs) in zip(plt.cm.tab10.colors, points.items()):
         kls, scores, settings = zip(*sorted(runs))
-        axis.plot(kls, scores, "o-", color=color, label=f"{script}.py")
+        axis.plot(kls, scores, "o-", color=color, label=name)
         for kl, score, setting in zip(kls, scores, settings):
             axis.annotate(setting, (kl, score), xytext=(6, -10), textcoords="offset points", fontsize=8, color=color)
-    axis.plot(*before[:2], "kx")
+    axis.plot(*before[:2], "kx", label="before")
     axis.set_xscale("symlog", linthresh=10, linscale=3)  # linear up to 10 nats: a run without KL goes to 100
     axis.set_xticks(ticks := [0, 2, 4, 6, 8, 10, 20, 50, 100], map(str, ticks))
     axis.set_xticks([], minor=True)

@@ -78,11 +78,13 @@ def test_frontier_has_a_line_a_script_and_a_point_a_run(runs, monkeypatch, capsy
     folders = [tmp_path / name for name in ("rloo_kl0.1_1", "rloo_kl0_1", "dpo_beta1e-1_2")]
     for folder, run in zip(folders, (1, 2, 1)):
         shutil.copytree(runs / f"rloo{run}", folder)
-    text = main(frontier, monkeypatch, capsys, *folders, "--save", tmp_path / "f")
-    assert (tmp_path / "f.png").stat().st_size > 10_000 and "beta1e-1" in text
+    (tmp_path / "dpo_cut_1").mkdir()
+    text = main(frontier, monkeypatch, capsys, *folders, tmp_path / "dpo_cut_1", "--save", tmp_path / "f")
+    assert (tmp_path / "f.png").stat().st_size > 10_000 and "cut_1: not finished" in text
+    by_kl = {name: seeds.scalars(runs / run)["eval/kl"][-1][1] for name, run in (("kl0.1", "rloo1"), ("kl0", "rloo2"), ("beta1e-1", "rloo1"))}
     rows = list(csv.DictReader((tmp_path / "f.csv").open()))
-    assert [(row["script"], row["setting"], row["seed"]) for row in rows] == [("rloo", "kl0.1", "1"), ("rloo", "kl0", "1"), ("dpo", "beta1e-1", "2")]
-    assert float(rows[1]["kl"]) == pytest.approx(seeds.scalars(runs / "rloo2")["eval/kl"][-1][1], abs=1e-4)
+    assert [(row["script"], row["setting"], row["seed"]) for row in rows] == [("dpo", "beta1e-1", "2"), *sorted((("rloo", "kl0.1", "1"), ("rloo", "kl0", "1")), key=lambda row: by_kl[row[1]])]
+    assert all(float(row["kl"]) == pytest.approx(by_kl[row["setting"]], abs=1e-4) for row in rows)
 
 
 def test_pipeline_prints_both_kinds_and_draws_them(runs, monkeypatch, capsys, tmp_path):
