@@ -2,13 +2,17 @@
 import argparse
 import csv
 import gzip
+import importlib
 import json
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from conftest import run_script
 
 import reward_model
@@ -140,3 +144,34 @@ def test_speed_takes_pairs_of_distinct_prompts_that_fit(tiny, tmp_path):
     flags = argparse.Namespace(model=tiny, dataset=str(tmp_path / "all.jsonl"), length=20, steps=2, prompts=1)
     kept = [json.loads(line) for line in open(speed.write_pairs(flags, tmp_path / "kept.jsonl"))]
     assert [row["prompt"] for row in kept] == ["a", "c"] and kept[0]["chosen"] == "x"
+
+
+def test_every_command_of_its_readme_is_understood(monkeypatch, tmp_path):
+    """The very shell lines, their loops and variables expanded by bash; the flags are read by the programs they are for."""
+    class Understood(Exception):
+        pass
+
+    def stop(read, *args, **options):
+        read(*args, **options)
+        raise Understood
+
+    root = Path(__file__).parent.parent
+    block = "".join(re.findall(r"```sh\n(.*?)```", (root / "benchmark/README.md").read_text(), re.S))
+    shell = 'uv() { shift; python "$@"; }\naccelerate() { shift; python "$@"; }\npython() { echo "$*" >> commands; }\n'
+    subprocess.run(["bash", "-ec", shell + block], cwd=tmp_path, check=True)
+    commands = (tmp_path / "commands").read_text().splitlines()
+    assert len(commands) > 50
+    cli, parse_args = tyro.cli, argparse.ArgumentParser.parse_args
+    for command in commands:
+        program, *flags = command.split()
+        script = program
+        if program.startswith("benchmark/"):
+            monkeypatch.setattr(sys, "argv", [program, *flags])
+            for owner, name, read in ((tyro, "cli", cli), (argparse.ArgumentParser, "parse_args", parse_args)):
+                monkeypatch.setattr(owner, name, lambda *args, read=read, **options: stop(read, *args, **options))
+            with pytest.raises(Understood):
+                importlib.import_module(Path(program).stem).main()
+            monkeypatch.undo()
+            script, flags = flags[0], flags[flags.index("--") + 1:] if "--" in flags else []
+        if (root / script).suffix == ".py":  # the script itself, or what seeds.py runs
+            cli(importlib.import_module(Path(script).stem).Args, args=flags)
