@@ -20,16 +20,16 @@ import re
 import statistics
 from pathlib import Path
 
+from seeds import read_events
+
 COLUMNS = ("score", "gold", "kl", "objective", "response_length", "eos_rate", "distinct_2", "repetition")
 
 
 def read(folder):
     """(flags, {tag: [(step, value)]}, seconds from the first event to the last, last report) of a run."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(folder)).Reload()
+    events, scalars = read_events(folder)
     text = events.Tensors("args/text_summary")[0]
     flags = dict(re.findall(r"^\|(\w+)\|(.*)\|$", text.tensor_proto.string_val[0].decode(), re.M))
-    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     seconds = max(events.Scalars(tag)[-1].wall_time for tag in scalars) - text.wall_time
     return flags, scalars, seconds, events.Tensors("eval/samples/text_summary")[-1].tensor_proto.string_val[0].decode()
 

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from seeds import scalars
+from seeds import read_events
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,8 +59,8 @@ def main():
         model, policy = args.out / f"{kind}{args.seed}", args.out / f"rloo_on_{kind}{args.seed}"
         run(f"{kind}.py", model, "--seed", args.seed)
         run("rloo.py", policy, "--seed", args.seed, "--reward", str(model / "final"), "--eval-reward", "vader", "--eval-every", "5", *flags)
-        curves[kind] = scalars(policy)
-        print(f"\n{kind}: held-out accuracy {scalars(model)['eval/accuracies'][-1][1]:.3f}")
+        curves[kind] = read_events(policy)[1]
+        print(f"\n{kind}: held-out accuracy {read_events(model)[1]['eval/accuracies'][-1][1]:.3f}")
         for tag in ("eval/score", "eval/gold", "eval/kl", "eval/distinct_2"):
             print(f"{tag:18}" + " ".join(f"{value:8.3f}" for _, value in curves[kind][tag]))
     if args.picture:

@@ -22,11 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def scalars(folder):
-    """{tag: [(step, value)]} of a run."""
+def read_events(folder):
+    """(event accumulator, {tag: [(step, value)]}) of a run. final/ is written before the last evaluation, which must be there too."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    if len({points[-1][0] for tag, points in tags.items() if tag.startswith(("eval/", "charts/"))}) > 1:
+        sys.exit(f"{folder}: was cut in its last evaluation; remove it and run it again")
+    return events, tags
 
 
 def draw(runs, path):
@@ -62,7 +65,7 @@ def main():
                        "--output-dir", str(folder), *flags]
             subprocess.run(command, check=True)
             print(f"seed {seed}: {time.time() - begin:.0f} s")
-        runs[seed] = scalars(folder)
+        runs[seed] = read_events(folder)[1]
     tags = [tag for tag in next(iter(runs.values())) if tag.startswith("eval/")]
     print(f"{'held-out':24}{'before':>18}{'after':>18}   after, seed by seed")
     for tag in tags:

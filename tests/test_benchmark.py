@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.tensorboard
 import tyro
 from conftest import run_script
 
@@ -64,13 +65,24 @@ def test_seeds_runs_what_is_missing_under_its_name(runs, tiny_flags, monkeypatch
     assert "seed 1: " not in main(seeds, monkeypatch, capsys, "rloo.py", "--seeds", 1, "--out", runs, "--name", "two_steps_")
 
 
+def test_a_run_cut_in_its_last_evaluation_is_not_read(monkeypatch, capsys, tmp_path):
+    (tmp_path / "rloo1/final").mkdir(parents=True)  # final/ is written before it
+    with torch.utils.tensorboard.SummaryWriter(tmp_path / "rloo1") as writer:
+        for tag, step in (("eval/score", 0), ("eval/score", 2), ("charts/learning_rate", 3)):
+            writer.add_scalar(tag, 0.5, step)
+        writer.add_text("args", "|seed|1|")
+    for module, flags in ((seeds, ("rloo.py", "--seeds", 1, "--out", tmp_path)), (compare, (tmp_path / "rloo1",))):
+        with pytest.raises(SystemExit, match="rloo1: was cut in its last evaluation; remove it"):
+            main(module, monkeypatch, capsys, *flags)
+
+
 def test_compare_has_a_row_a_name_and_a_line_a_run(runs, monkeypatch, capsys, tmp_path):
     (runs / "rloo9").mkdir()
     text = main(compare, monkeypatch, capsys, *sorted(runs.glob("rloo[0-9]")), "--save", tmp_path / "c")
     assert "rloo9: not finished, left out" in text and (tmp_path / "c.png").stat().st_size > 10_000
     rows = list(csv.DictReader((tmp_path / "c.csv").open()))
     assert [row["seed"] for row in rows] == ["1", "2"] and all(row["responses"] == str(4 * 4 * 4) for row in rows)  # steps, prompts, k
-    (last,) = [value for step, value in seeds.scalars(runs / "rloo2")["eval/score"] if step == 4]
+    (last,) = [value for step, value in seeds.read_events(runs / "rloo2")[1]["eval/score"] if step == 4]
     assert float(rows[1]["score_after"]) == pytest.approx(last, abs=1e-4) and "score" in text and "gold" in text
     for row in rows:
         assert float(row["objective_after"]) == pytest.approx(float(row["score_after"]) - 0.05 * float(row["kl_after"]), abs=2e-4)
@@ -85,7 +97,7 @@ def test_frontier_has_a_line_a_script_and_a_point_a_run(runs, monkeypatch, capsy
     (tmp_path / "dpo_cut_1").mkdir()
     text = main(frontier, monkeypatch, capsys, *folders, tmp_path / "dpo_cut_1", "--save", tmp_path / "f")
     assert (tmp_path / "f.png").stat().st_size > 10_000 and "cut_1: not finished" in text
-    by_kl = {name: seeds.scalars(runs / run)["eval/kl"][-1][1] for name, run in (("kl0.1", "rloo1"), ("kl0", "rloo2"), ("beta1e-1", "rloo1"))}
+    by_kl = {name: seeds.read_events(runs / run)[1]["eval/kl"][-1][1] for name, run in (("kl0.1", "rloo1"), ("kl0", "rloo2"), ("beta1e-1", "rloo1"))}
     rows = list(csv.DictReader((tmp_path / "f.csv").open()))
     assert [(row["script"], row["setting"], row["seed"]) for row in rows] == [("dpo", "beta1e-1", "2"), *sorted((("rloo", "kl0.1", "1"), ("rloo", "kl0", "1")), key=lambda row: by_kl[row[1]])]
     assert all(float(row["kl"]) == pytest.approx(by_kl[row["setting"]], abs=1e-4) for row in rows)
