@@ -39,7 +39,7 @@ class Args:
     max_prompt_length: int = 256  # longer prompts, in tokens, are dropped (and counted)
     prompts_per_step: int = 8  # prompts in an optimizer step, over all processes
     micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds the memory of it
-    learning_rate: float = 1e-4  # its peak: linear warm-up, then linear to 0
+    learning_rate: float = 5e-5  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 40  # optimizer steps
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm

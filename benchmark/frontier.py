@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["tensorboard>=2.20", "matplotlib>=3.9"]
 # ///
-"""The reward-KL frontier: held-out score over KL at the end of each run, a line through the settings of each flag.
+"""The reward-KL frontier: held-out score over KL at the end of each run, a line through the settings of a flag.
 
     uv run benchmark/frontier.py runs/frontier/* --save benchmark/frontier
 
@@ -31,7 +31,7 @@ def main():
         script, setting, seed = match.groups()
         scalars = read(folder)[1]
         before, after = ([scalars[f"eval/{tag}"][i][1] for tag in ("kl", "score", "distinct_2", "repetition")] for i in (0, -1))
-        name = f"{script}.py, " + re.sub(r"\d[\d.e-]*", " ", setting).strip()
+        name = f"{script}.py, " + re.sub(r"\d[\d.e-]*", " ", setting, count=1).strip()  # the first number is what a line varies
         points.setdefault(name, []).append((*after[:2], setting))
         rows.append((script, setting, seed, *(round(x, 4) for x in after)))
     header = ("script", "setting", "seed", "kl", "score", "distinct_2", "repetition")
