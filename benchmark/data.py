@@ -8,17 +8,27 @@
 
 imdb_pairs_{train,test}.jsonl: a positive and a negative review, in file order, as chosen and rejected, without a prompt.
 imdb_openings_{train,test}.jsonl: the first 8 words of each review, as a prompt to go on with.
-helpful_{train,test}.jsonl: hh_helpful and rmb_helpful together, all marked up as dialogues, a space before each answer.
+helpful_{train,test}.jsonl: hh_helpful and rmb_helpful together, all as messages, so that a reward model reads them by its chat template.
 """
 import argparse
 import gzip
 import json
+import re
 from pathlib import Path
 
 
 def read(folder, name):
     with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf8") as file:
         return [json.loads(line) for line in file]
+
+
+def messages(prompt):
+    """A dialogue in HH-RLHF's markup, or a plain question, as messages."""
+    if not prompt.startswith("\n\nHuman:"):
+        return [dict(role="user", content=prompt)]
+    _, *turns = re.split(r"\n\n(Human|Assistant):", prompt.removesuffix("\n\nAssistant:"))
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [dict(role=roles[role], content=text.strip()) for role, text in zip(turns[::2], turns[1::2])]
 
 
 def main():
@@ -30,9 +40,9 @@ def main():
     for split in ("train", "test"):
         reviews = read(args.source, f"imdb_{split}")
         positive, negative = ([r["text"] for r in reviews if r["label"] == label] for label in (1, 0))
-        spaced = lambda row, prompt: dict(prompt=prompt, chosen=f" {row['chosen']}", rejected=f" {row['rejected']}")
-        helpful = [spaced(row, row["prompt"]) for row in read(args.source, f"hh_helpful_{split}")]
-        helpful += [spaced(row, f"\n\nHuman: {row['prompt']}\n\nAssistant:") for row in read(args.source, f"rmb_helpful_{split}")]
+        answer = lambda text: [dict(role="assistant", content=text)]
+        helpful = [dict(prompt=messages(row["prompt"]), chosen=answer(row["chosen"]), rejected=answer(row["rejected"]))
+                   for name in ("hh_helpful", "rmb_helpful") for row in read(args.source, f"{name}_{split}")]
         files = {
             "imdb_pairs": [dict(prompt="", chosen=a, rejected=b) for a, b in zip(positive, negative)],
             "imdb_openings": [dict(prompt=" ".join(r["text"].split()[:8])) for r in reviews],

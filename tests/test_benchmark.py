@@ -131,18 +131,19 @@ def test_bag_of_words_learns_a_word_and_reads_the_pairs_of_a_reward_model(tiny, 
     assert text == "20 pairs, held out: 5; longer wins 0.000, bag of words 1.000\n"
 
 
-def test_data_makes_pairs_openings_and_dialogues(monkeypatch, capsys, tmp_path):
+def test_data_makes_pairs_openings_and_messages(monkeypatch, capsys, tmp_path):
     write = lambda name, *rows: gzip.open(tmp_path / f"{name}.jsonl.gz", "wt").write("".join(json.dumps(row) + "\n" for row in rows))
     for split in ("train", "test"):
         write(f"imdb_{split}", dict(text="good film " * 9, label=1), dict(text="bad film", label=0), dict(text="poor", label=0))
-        write(f"hh_helpful_{split}", dict(prompt="\n\nHuman: a\n\nAssistant:", chosen="b", rejected="c"))
-        write(f"rmb_helpful_{split}", dict(prompt="a", chosen="b", rejected="c"))
+        write(f"hh_helpful_{split}", dict(prompt="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\nd\n\nAssistant:", chosen="e", rejected="f"))
+        write(f"rmb_helpful_{split}", dict(prompt="a\n\nHuman: b", chosen="e", rejected="f"))
     main(data, monkeypatch, capsys, tmp_path, tmp_path / "out")
     read = lambda name: [json.loads(line) for line in (tmp_path / f"out/{name}.jsonl").open()]
     assert [row["rejected"] for row in read("imdb_pairs_train")] == ["bad film"]
     assert read("imdb_openings_test")[0] == {"prompt": "good film good film good film good film"}
-    one, two = read("helpful_train")
-    assert one == two == {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " b", "rejected": " c"}
+    turns = [[(message["role"], message["content"]) for message in row["prompt"]] for row in read("helpful_train")]
+    assert turns == [[("user", "a"), ("assistant", "b"), ("user", "c\nd")], [("user", "a\n\nHuman: b")]]
+    assert [row["chosen"] for row in read("helpful_test")] == [[dict(role="assistant", content="e")]] * 2
 
 
 def test_speed_has_a_row_a_side_and_the_ratio(tiny, monkeypatch, capsys):
