@@ -114,15 +114,15 @@ def encode_answer(tokenizer, prompt, answer, chat) -> list[int]:
 
 def group_pairs(args, tokenizer, data, chat=False) -> tuple[list[dict], int]:
     """(a row a prompt, with answers and pairs of (chosen index, rejected index, margin); number of pairs dropped)."""
-    rows, dropped = {}, 0
+    rows = {}
     for n, pair in enumerate(data):
         try:
             prompt, *answers = split_prompt(pair)
-            ids = [encode_answer(tokenizer, prompt, answer, args.chat or chat) for answer in answers]
+            texts = [x and (x if isinstance(x, str) else x[-1]["content"]) for x in answers]
+            ids = [encode_answer(tokenizer, prompt, x, args.chat or chat) for x in answers if all(texts)]
         except Exception as error:  # a chat template raises what it likes
             sys.exit(f"--dataset or --eval-dataset: row {n} is not of strings or messages as expected: {error!r:.300}")
-        if max(map(len, ids)) > args.max_length or ids[0] == ids[1] or not all(answers):
-            dropped += 1
+        if not ids or max(map(len, ids)) > args.max_length or ids[0] == ids[1]:
             continue
         row = rows.setdefault(str(prompt or [n]), dict(prompt=prompt, answers=[], ids=[], ratings=[], pairs=[]))
         ratings = [pair.get(name) for name in ("chosen_rating", "rejected_rating")]
@@ -132,7 +132,7 @@ def group_pairs(args, tokenizer, data, chat=False) -> tuple[list[dict], int]:
                 row["answers"].append(answer), row["ids"].append(tokens), row["ratings"].append(rating)
         margin = ratings[0] - ratings[1] if None not in ratings else 0.0
         row["pairs"].append((*map(row["answers"].index, answers), margin))
-    return list(rows.values()), dropped
+    return list(rows.values()), len(data) - sum(len(row["pairs"]) for row in rows.values())
 
 def random_stream(*key: int) -> torch.Generator:
     """Random numbers that depend on `key` alone: a resumed run needs no saved state."""

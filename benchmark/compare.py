@@ -61,7 +61,7 @@ def draw(groups, path):
             frontier.plot(held_out["kl"][-1], held_out["score"][-1], "o", color=color)
             for axis, tag in zip(texts, ("distinct_2", "repetition")):
                 axis.plot(seen(scalars["eval/score"]), held_out[tag], ".-", **line)
-    training.set(xlabel="sampled responses", ylabel="score, training batches (mean of the last 5 steps)")
+    training.set(xlabel="sampled responses", ylabel="score, training batches (mean of the last 5 steps)\n(dpo.py has none: held-out prompts)")
     frontier.set(xlabel="KL from the reference, nats a response", ylabel="score, held-out prompts")
     for axis, name in zip(texts, ("distinct-2", "repetition")):
         axis.set(xlabel="sampled responses", ylabel=f"{name}, held-out prompts")

@@ -39,7 +39,8 @@ def draw(runs, path):
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True)
     for seed, tags in runs.items():
         for axis, tag in zip(axes, ("objective/scores", "objective/kl", "eval/score")):
-            axis.plot(*zip(*tags[tag]), label=f"seed {seed}", linewidth=1.2)
+            if tag in tags:  # dpo.py and the reward models lack some
+                axis.plot(*zip(*tags[tag]), label=f"seed {seed}", linewidth=1.2)
     for axis, title in zip(axes, ("score, training prompts", "KL from the reference, nats a response", "score, held-out prompts")):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)

@@ -238,10 +238,12 @@ def test_every_format_reads_the_same():
 def test_pairs_of_a_prompt_become_one_row_and_bad_ones_are_counted():
     tokenizer = byte_tokenizer(pad_token="<|pad|>")
     pair = lambda prompt, a, b, x=None, y=None: {"prompt": prompt, "chosen": a, "rejected": b, "chosen_rating": x, "rejected_rating": y}
+    say = lambda text: [{"role": "assistant", "content": text}]
     data = [pair("p", "a", "b", 3, 1), pair("q", "a", "b"), pair("p", "c", "b", 2, 1), pair("p", "a", "c", 3, 2), pair("", "a", "b"),
             pair("", "a", "c"), pair("p", "x" * 500, "b"), pair("p", "a", ""), pair("p", "same", "same")]
+    data += [pair("p", say("a"), say(text)) for text in ("", None)] + [pair("p", say("a"), [])]
     rows, dropped = reward_model.group_pairs(reward_model.Args(dataset="given", max_length=100), tokenizer, data)
-    assert dropped == 3 and [row["prompt"] for row in rows] == ["p", "q", "", ""]  # an empty prompt joins nothing
+    assert dropped == 6 and [row["prompt"] for row in rows] == ["p", "q", "", ""]  # an empty prompt joins nothing
     assert rows[0]["answers"] == ["a", "b", "c"] and rows[0]["ratings"] == [3, 1, 2]
     assert rows[0]["pairs"] == [(0, 1, 2), (2, 1, 1), (0, 2, 1)] and rows[1]["pairs"] == [(0, 1, 0.0)]
     assert [x.tolist() for x in reward_model.pair_indices(rows[:2], "cpu")] == [[0, 2, 0, 3], [1, 1, 2, 4], [2, 1, 1, 0]]
@@ -454,7 +456,7 @@ def test_bad_input(script, tiny, tmp_path, capsys, rows, flags, said):
 
 def test_margin_without_ratings(tiny, tmp_path):
     rows = [{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)]
-    with pytest.raises(SystemExit, match="--margin: the dataset has no columns"):
+    with pytest.raises(SystemExit, match="--margin: the dataset has no numbers in columns"):
         run(reward_model, *FLAGS, "--margin", "--model", tiny, "--dataset", write(tmp_path / "d.jsonl", rows), "--output-dir", tmp_path / "o")
 
 
