@@ -334,8 +334,7 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
         torch.save(dict(state, script=pathlib.Path(__file__).stem), aside / "trainer_state.pt")
     except Exception as error:  # what a full disk raises depends on who was writing
         shutil.rmtree(aside, ignore_errors=True)
-        message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}"
-        return print(message) if path.name != "final" else sys.exit(message)
+        return print(f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}")
     shutil.rmtree(path, ignore_errors=True)  # of the same run, resumed from before it
     aside.rename(path)
 
@@ -445,6 +444,7 @@ def main(args: Args) -> None:
             (writer.add_text if isinstance(value, str) else writer.add_scalar)(tag, value, done)
         writer and writer.flush()  # its thread would lose the last ones at exit
     accelerator.print(table)
+    writer and not (output_dir / "final").exists() and sys.exit(f"--output-dir: no {output_dir}/final, see above")
 
 if __name__ == "__main__":
     main(parse_args())

@@ -301,8 +301,7 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
         torch.save(dict(state, script=pathlib.Path(__file__).stem), aside / "trainer_state.pt")
     except Exception as error:  # what a full disk raises depends on who was writing
         shutil.rmtree(aside, ignore_errors=True)
-        message = f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}"
-        return print(message) if path.name != "final" else sys.exit(message)
+        return print(f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}")
     shutil.rmtree(path, ignore_errors=True)  # of the same run, resumed from before it
     aside.rename(path)
 
@@ -413,6 +412,7 @@ def main(args: Args) -> None:
         "gradient" in f"{error}" and accelerator.wait_for_everyone()  # a process that stops takes the others with it
         sys.exit(f"{error}" + f"; once mended, --resume {path}" * path.exists())
     accelerator.print(report(evaluations, held_out) if evaluations else "")
+    writer and not (output_dir / "final").exists() and sys.exit(f"--output-dir: no {output_dir}/final, see above")
 
 if __name__ == "__main__":
     main(parse_args())
