@@ -12,7 +12,7 @@
     uv run benchmark/speed.py dpo --dataset hh_helpful_train.jsonl.gz --steps 6 --rounds 2
     uv run benchmark/speed.py ppo --steps 6 --rounds 2          # against rloo.py: TRL has no PPO any more
 
-SmolLM2-135M with fp32 weights, bf16 autocast, no gradient checkpointing. rloo: the built-in prompts, 8 prompts x k 4,
+SmolLM2-135M with fp32 weights, bf16 autocast (fp32 on a CPU without AVX512-BF16), no gradient checkpointing. rloo: the built-in prompts, 8 prompts x k 4,
 24 new tokens, KL in the reward, vader; ppo: the same, one epoch, two minibatches. reward_model, dpo: the first pairs of the dataset of at
 most 256 tokens, as raw text, 8 a step. All take a step (ppo: a minibatch) in one pass, as TRL does by default; ours by default take 4
 prompts a pass (--micro 4), which needs less memory. Each turn is a process of its own; the first two steps of each are
@@ -85,7 +85,8 @@ def trl_worker(flags):
             seconds.append(time.time() - self.begin)
             self.begin = time.time()
 
-    common = dict(output_dir=flags.trl_worker, max_steps=flags.steps, bf16=True, use_cpu=not torch.cuda.is_available(),
+    bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)  # as our scripts have it
+    common = dict(output_dir=flags.trl_worker, max_steps=flags.steps, bf16=bf16, use_cpu=not torch.cuda.is_available(),
                   gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True)
     if flags.task == "rloo":
         model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32)
