@@ -409,13 +409,18 @@ def test_a_data_file_beside_a_copy_of_the_script(run, tiny_flags, tmp_path, writ
 
 
 def test_the_readmes_table_counts_the_lines():
-    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(.*? \| (\d+) \| (?:`(\w+\.py)`: (\d+) lines here, (\d+) there)? ?\|", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(.*? \| (\d+) \| (?:`(\w+\.py)` \+(\d+) -(\d+))? ?\|", (ROOT / "README.md").read_text(), re.M)
     assert [row[0] for row in rows] == ["reinforce.py", "rloo.py", "ppo.py", "dpo.py", "reward_model.py", "reward_model_ordinal.py", "cartpole_pg.py"]
     for script, lines, neighbour, here, there in rows:
         assert int(lines) == len((ROOT / script).read_text().splitlines()), script
         if neighbour:
             diff = subprocess.run(["diff", neighbour, script], cwd=ROOT, capture_output=True, text=True).stdout
             assert (int(there), int(here)) == tuple(len(re.findall(f"^{sign}", diff, re.M)) for sign in "<>"), script
+
+
+def test_the_readmes_heart_of_rloo_is_what_stands_there():
+    (block,) = re.findall(r"```python\n(def .*?)\n```", (ROOT / "README.md").read_text(), re.S)
+    assert block in (ROOT / "rloo.py").read_text() and "def rloo_loss" in block
 
 
 def test_the_readmes_examples_with_your_model_data_and_reward(tiny, tmp_path):
