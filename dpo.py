@@ -380,7 +380,7 @@ def main(args: Args) -> None:
     if not held_out if args.eval_only else len(train) < args.prompts_per_step or args.eval_dataset and not held_out:
         sys.exit("--dataset, --eval-dataset: too few pairs; see --max-length, --eval-prompts, --prompts-per-step")
     size, micro = args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
-    batches = lambda rows: [rows[i:i + micro] for i in range(0, len(rows), micro)]
+    batches = lambda rows: (rows[i:i + micro] for i in accelerate.utils.tqdm(range(0, len(rows), micro), leave=False))
     for rows in batches(train + held_out) if args.precompute_ref and args.loss_type != "simpo" else ():
         for row, ref_logps in zip(rows, pair_logps(args, accelerator, reference, rows).tolist()):
             row["ref_logps"] = ref_logps

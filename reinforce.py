@@ -272,7 +272,8 @@ def text_statistics(responses, eos_token_ids) -> dict[str, float]:
 def evaluate_penalized(args, accelerator, policy, reference, tokenizer, rows, scorers) -> tuple[dict, list[dict]]:
     """(means, results) of a response a row, from the same random numbers each time and on every process."""
     uniforms, results = torch.rand(len(rows), args.max_new_tokens, generator=random_stream(args.seed, 1)), []
-    for i in range(0, len(rows), size := args.micro_batch_size * args.k // accelerator.num_processes):
+    size = args.micro_batch_size * args.k // accelerator.num_processes
+    for i in accelerate.utils.tqdm(range(0, len(rows), size), desc="evaluating", leave=False):
         batch, numbers = rows[i:i + size], uniforms[i:i + size]
         inputs, ids, texts = sample_penalized(args, accelerator, policy.model, tokenizer, batch, 1, numbers)
         kl = sequence_kl(policy(*inputs, args.temperature), reference(*inputs, args.temperature), inputs[3])

@@ -302,8 +302,8 @@ def reliability_plot(wins) -> torch.Tensor:
 def evaluate_pairs(args, accelerator, model, rows, pair_loss) -> tuple[dict, list[torch.Tensor], torch.Tensor]:
     """(means, the logits of each row's answers, P(w > l) of every pair), the same on every process."""
     with accelerator.autocast():
-        batches = (rows[i:i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size))
-        logits = torch.cat([model(*collate(batch, accelerator.device)).cpu() for batch in batches])
+        bar = accelerate.utils.tqdm(range(0, len(rows), args.micro_batch_size), desc="evaluating", leave=False)
+        logits = torch.cat([model(*collate(rows[i:i + args.micro_batch_size], accelerator.device)).cpu() for i in bar])
     pairs = pair_indices(rows, "cpu")
     loss, scores, wins = pair_loss(args, logits, pairs)
     means = {name: value.item() for name, value in pair_metrics(loss, scores, pairs).items()}
