@@ -1,0 +1,132 @@
+"""A run of each script on a pretended GPU, for machines without one: its tensors lie in memory but say that they are on "gpu:0".
+
+An operator that meets one of them and a CPU tensor raises, as CUDA's would; so does drawing on the GPU from a CPU generator. What it
+cannot show: speed, CUDA's own kernels, bf16, several GPUs. PyTorch's hooks for backends written in Python are experimental.
+"""
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+TAKES_BOTH = ("copy_", "_to_copy", "index", "index_put_", "_index_put_impl_")  # indices may be on the CPU
+
+
+class OnGPU(torch.Tensor):
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device="gpu:0",
+                                                   storage_offset=inner.storage_offset())
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    is_cuda = property(lambda self: True)
+    tolist = lambda self: self.detach().cpu().tolist()
+    __reduce_ex__ = lambda self, protocol: self.detach().cpu().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):
+        return run(function, args, kwargs or {})
+
+
+class PretendGPU(TorchDispatchMode):
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        return run(function, args, kwargs or {})
+
+
+def run(function, args, kwargs):
+    """The operator on the tensors inside; its results are where its inputs were, or where `device` sends them."""
+    name, tensors = function._schema.name.removeprefix("aten::"), [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    on_gpu, rest = [x for x in tensors if isinstance(x, OnGPU)], [x for x in tensors if not isinstance(x, OnGPU) and x.dim()]
+    if on_gpu and rest and (name not in TAKES_BOTH or name == "index" and not isinstance(tensors[0], OnGPU)):
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+    target = torch.device(kwargs.get("device") or ("gpu:0" if on_gpu else "cpu")).type
+    if name == "copy_":
+        target = args[0].device.type
+    if target == "gpu" and kwargs.get("generator") is not None:
+        raise RuntimeError(f"{name}: expected a generator of the GPU")
+    if name == "_fused_sdp_choice":
+        return 0  # scaled_dot_product_attention by plain operators
+    if kwargs.get("device") is not None:
+        kwargs = dict(kwargs, device=torch.device("cpu"))
+    args, kwargs = tree_map(lambda x: x.inner if isinstance(x, OnGPU) else x, (args, kwargs))
+    known = {id(x.inner): x for x in on_gpu}  # in-place operators return what they were given
+    wrap = lambda x: known[id(x)] if id(x) in known else OnGPU(x)
+    return tree_map(lambda x: wrap(x) if isinstance(x, torch.Tensor) and target == "gpu" else x, function(*args, **kwargs))
+
+
+def pretend():
+    """This process has a GPU from here on."""
+    import accelerate
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+    _setup_privateuseone_for_python_backend("gpu")
+    torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16]
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes a CPU tensor and sends it
+    tensor = torch.tensor  # of a list of tensors, it reads them below the dispatcher
+    torch.tensor = lambda data, **options: tensor(tree_map(lambda x: x.item() if isinstance(x, OnGPU) else x, data), **options)
+    torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the same object, as on CUDA
+    accelerate.Accelerator.device = property(lambda self: torch.device("gpu:0"))
+
+
+def main(script, *flags, change=("", "")):
+    """A script's main as on a GPU, but for what this file cannot pretend: saving reads storages."""
+    text = pathlib.Path(script).read_text().replace(*change)
+    for a, b in (("torch.cuda.is_available()", "True"), ("torch.cuda.is_bf16_supported(False)", "False")):
+        assert a in text
+        text = text.replace(a, b)
+    module, sys.argv = types.ModuleType("script"), [script, *flags]
+    module.__file__, sys.modules["script"] = script, module
+    exec(compile(text, script, "exec"), module.__dict__)
+    module.save = lambda path, *_, **__: path.mkdir(parents=True)
+    with PretendGPU():
+        module.main(module.parse_args())
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tiny, tiny_flags, tmp_path_factory):
+    """Runs this file on a script, in a process of its own."""
+    folder = tmp_path_factory.mktemp("device")
+    (folder / "pairs.jsonl").write_text("".join(f'{{"prompt": "q{i}", "chosen": "abc{"d" * (i % 3)}", "rejected": "123"}}\n' for i in range(12)))
+    few = ["--eval-prompts", "4", "--prompts-per-step", "2", "--micro-batch-size", "1"]
+    flags = {"rl": [*tiny_flags, *few, "--total-steps", "2"],
+             "pairs": ["--model", tiny, "--dataset", str(folder / "pairs.jsonl"), "--precision", "fp32", *few]}
+
+    def start(script, *more):
+        path = str(pathlib.Path(__file__).parent.parent / script)
+        kind = "rl" if script in ("rloo.py", "reinforce.py", "ppo.py") else "pairs"
+        out = folder / f"run{len(list(folder.iterdir()))}"
+        command = [sys.executable, __file__, path, *flags[kind], "--output-dir", str(out), *more]
+        return subprocess.run(command, capture_output=True, text=True)
+    return start
+
+
+pytestmark = pytest.mark.skipif(not hasattr(torch._C, "_acc"), reason="this PyTorch has no backends in Python")
+
+
+@pytest.mark.parametrize("script", ["reinforce.py", "rloo.py", "ppo.py", "dpo.py", "reward_model.py", "reward_model_ordinal.py"])
+def test_no_operator_of_a_run_mixes_devices(on_gpu, script):
+    result = on_gpu(script)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "trained" in result.stdout
+
+
+def test_dpo_with_the_reference_away(on_gpu):
+    result = on_gpu("dpo.py", "--precompute-ref", "--max-new-tokens", "4")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_tensor_that_stays_behind_is_found(on_gpu):
+    result = on_gpu("rloo.py", "change", "uniforms.to(device)", "uniforms")
+    assert result.returncode != 0 and "expected all tensors to be on the same device" in result.stderr
+
+
+if __name__ == "__main__":
+    pretend()
+    script, *flags = sys.argv[1:]
+    change = tuple(flags[flags.index("change") + 1:][:2]) if "change" in flags else ("", "")
+    main(script, *flags[:flags.index("change")] if "change" in flags else flags, change=change)
