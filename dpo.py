@@ -237,7 +237,7 @@ def sample_answers(args, accelerator, model, tokenizer, rows, k, uniforms) -> li
     with accelerator.autocast():
         if k > 1:  # a prompt runs once for its k answers
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-            cache = model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions).past_key_values
+            cache = model.base_model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions).past_key_values
             cache.batch_repeat_interleave(k)
             ids, mask, options["past_key_values"] = ids.repeat_interleave(k, 0), mask.repeat_interleave(k, 0), cache
         answers = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1]:].tolist()
@@ -335,8 +335,7 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
     except Exception as error:  # what a full disk raises depends on who was writing
         shutil.rmtree(aside, ignore_errors=True)
         return print(f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}")
-    shutil.rmtree(path, ignore_errors=True)  # of the same run, resumed from before it
-    aside.rename(path)
+    shutil.rmtree(path, ignore_errors=True), aside.rename(path)  # the old one: of this run, resumed from before it
 
 def main(args: Args) -> None:
     0 <= args.label_smoothing < 0.5 or sys.exit(f"--label-smoothing {args.label_smoothing}: must be 0 to under 0.5")
@@ -345,6 +344,7 @@ def main(args: Args) -> None:
     cuda = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
+    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients with masks (pytorch#196678), and a plan for every shape
     accelerator = accelerate.Accelerator(mixed_precision="bf16" if bf16 else "no",
                                          gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes

@@ -238,7 +238,7 @@ def sample_penalized(args, accelerator, model, tokenizer, rows, k, uniforms):
     with accelerator.autocast():
         response_ids = generate_penalized(args, model, prompt_ids, prompt_mask, k, uniforms.to(device), eos_token_id)
     response_mask = completion_mask(response_ids, eos_token_id)
-    responses = [row[:length].tolist() for row, length in zip(response_ids, response_mask.sum(1))]
+    responses = [row[:length] for row, length in zip(response_ids.tolist(), response_mask.sum(1).tolist())]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return (prompt_ids, prompt_mask, response_ids, response_mask), responses, texts
 
@@ -303,8 +303,7 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
     except Exception as error:  # what a full disk raises depends on who was writing
         shutil.rmtree(aside, ignore_errors=True)
         return print(f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}")
-    shutil.rmtree(path, ignore_errors=True)  # of the same run, resumed from before it
-    aside.rename(path)
+    shutil.rmtree(path, ignore_errors=True), aside.rename(path)  # the old one: of this run, resumed from before it
 
 def main(args: Args) -> None:
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
@@ -312,6 +311,7 @@ def main(args: Args) -> None:
     cuda = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
+    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients with masks (pytorch#196678), and a plan for every shape
     accelerator = accelerate.Accelerator(mixed_precision="bf16" if bf16 else "no",
                                          gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes

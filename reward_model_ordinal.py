@@ -173,8 +173,8 @@ def sample_pairs(args, accelerator) -> list[dict]:
             inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, padding=True, return_dict=True,
                                                    return_tensors="pt").to(accelerator.device)
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            cache = policy(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1]).past_key_values
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
+            cache = policy.base_model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions).past_key_values
             cache.batch_repeat_interleave(args.k)  # a prompt runs once for its k answers
             ids, mask = ids.repeat_interleave(args.k, 0), mask.repeat_interleave(args.k, 0)
             torch.manual_seed(random_stream(args.seed, 1, i).initial_seed())  # the same on any number of processes
@@ -338,8 +338,7 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
     except Exception as error:  # what a full disk raises depends on who was writing
         shutil.rmtree(aside, ignore_errors=True)
         return print(f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}")
-    shutil.rmtree(path, ignore_errors=True)  # of the same run, resumed from before it
-    aside.rename(path)
+    shutil.rmtree(path, ignore_errors=True), aside.rename(path)  # the old one: of this run, resumed from before it
 
 def main(args: Args) -> None:
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
@@ -347,6 +346,7 @@ def main(args: Args) -> None:
     cuda = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
+    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients with masks (pytorch#196678), and a plan for every shape
     accelerator = accelerate.Accelerator(mixed_precision="bf16" if bf16 else "no",
                                          gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes

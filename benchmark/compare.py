@@ -7,11 +7,11 @@
     uv run benchmark/seeds.py reinforce.py --out runs/seeds         # ... and rloo.py, ppo.py, dpo.py
     uv run benchmark/compare.py runs/seeds/* --save benchmark/algorithms
 
-Folders are named as seeds.py does, {name}{seed} or {name}_{seed}; those of one name are one row and one color. The picture,
-a line a run: score of the training batches over sampled responses; held-out score over KL, a path from the SFT model to the
-trained one; and what the text becomes, distinct-2 and repetition. objective is the score less --kl-coef times the KL: what
-the RL scripts maximise with that coefficient, and one number for runs that end at different KLs. A run of dpo.py samples once, before it trains: its responses are those of its
-pairs, and its curves are a step up or down at that number.
+Folders are named as seeds.py does, {name}{seed} or {name}_{seed}; those of one name are one row and one color. The picture has each
+run thin and their mean thick, in a band of a standard deviation: score of the training batches over sampled responses; held-out score over
+KL, a path from the SFT model to the trained one; and what the text becomes, distinct-2 and repetition. objective is the score less
+--kl-coef times the KL: what the RL scripts maximise with that coefficient, and one number for runs that end at different KLs. A run of
+dpo.py samples once, before it trains: its responses are those of its pairs, and its last values stand there.
 """
 import argparse
 import csv
@@ -41,6 +41,21 @@ def responses(flags, steps):
     return steps * int(flags["prompts_per_step"]) * int(flags["k"])
 
 
+def plot(axis, runs, color, label=None, band=True):
+    """Runs [(x, y), ...]: each one thin, their mean thick, and a band of a standard deviation; all at one x (dpo.py): the last values."""
+    import numpy as np
+    points = min(len(y) for _, y in runs)
+    x, y = (np.array([values[:points] for values in side], float) for side in zip(*runs))
+    mean, deviation = y.mean(0), y.std(0, ddof=1) if len(runs) > 1 else 0 * y[0]
+    if (x == x[0, 0]).all():
+        axis.plot(x[:, -1], y[:, -1], ".", color=color, alpha=0.4)
+        return axis.errorbar(x[0, -1], mean[-1], deviation[-1], fmt="o", color=color, capsize=3, label=label)
+    axis.plot(x.T, y.T, color=color, linewidth=0.8, alpha=0.35)
+    axis.plot(x.mean(0), mean, color=color, linewidth=2, label=label)
+    if band:
+        axis.fill_between(x.mean(0), mean - deviation, mean + deviation, color=color, alpha=0.12, linewidth=0)
+
+
 def draw(groups, path):
     import matplotlib
     matplotlib.use("Agg")
@@ -48,19 +63,20 @@ def draw(groups, path):
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
     (training, frontier), texts = axes
     for color, (name, runs) in zip(itertools.cycle(plt.cm.tab10.colors), groups.items()):
-        labels = itertools.chain([name + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")], itertools.repeat(None))
-        for label, (flags, scalars, *_) in zip(labels, runs.values()):
+        label = name + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
+        lines = {"training": [], "frontier": [], "distinct_2": [], "repetition": []}
+        for flags, scalars, *_ in runs.values():
             seen = lambda points: [responses(flags, step) for step, _ in points]
-            line = dict(color=color, linewidth=1, alpha=0.8, label=label)
             held_out = {tag: [value for _, value in scalars[f"eval/{tag}"]] for tag in ("score", "kl", "distinct_2", "repetition")}
             curve = scalars.get("objective/scores", scalars["eval/score"])
             last = 5 if "objective/scores" in scalars else 1
-            means = [statistics.mean(value for _, value in curve[max(0, i - last):i]) for i in range(1, len(curve) + 1)]
-            training.plot(seen(curve), means, **line)
-            frontier.plot(held_out["kl"], held_out["score"], **line)
-            frontier.plot(held_out["kl"][-1], held_out["score"][-1], "o", color=color)
-            for axis, tag in zip(texts, ("distinct_2", "repetition")):
-                axis.plot(seen(scalars["eval/score"]), held_out[tag], ".-", **line)
+            lines["training"].append((seen(curve), [statistics.mean(value for _, value in curve[max(0, i - last):i]) for i in range(1, len(curve) + 1)]))
+            lines["frontier"].append((held_out["kl"], held_out["score"]))
+            frontier.plot(held_out["kl"][-1], held_out["score"][-1], "o", color=color, markersize=4)
+            for tag in ("distinct_2", "repetition"):
+                lines[tag].append((seen(scalars["eval/score"]), held_out[tag]))
+        for axis, (panel, runs_of_panel) in zip(axes.flat, lines.items()):
+            plot(axis, runs_of_panel, color, label, band=panel != "frontier")
     training.set(xlabel="sampled responses", ylabel="score, training batches (mean of the last 5 steps)\n(dpo.py has none: held-out prompts)")
     frontier.set(xlabel="KL from the reference, nats a response", ylabel="score, held-out prompts")
     for axis, name in zip(texts, ("distinct-2", "repetition")):
