@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "gymnasium>=1.0", "numpy>=1.26", "tyro>=1.0", "tensorboard>=2.20", "tqdm>=4.66"]
+# dependencies = ["torch>=2.11", "gymnasium>=1.0", "numpy>=2.0", "tyro>=1.0", "tensorboard>=2.20", "tqdm>=4.66"]
 # ///
 """REINFORCE and PPO on CartPole: the algorithms of reinforce.py and ppo.py where a run takes seconds.
 
