@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "gymnasium>=1.0", "numpy>=1.26", "tyro>=1.0", "tensorboard>=2.20", "tqdm>=4.66",
+# dependencies = ["torch>=2.11", "gymnasium>=1.0", "numpy>=2.0", "tyro>=1.0", "tensorboard>=2.20", "tqdm>=4.66",
 #                 "matplotlib>=3.9"]
 # ///
 """cartpole_pg.py over many seeds, both algorithms: the README's table; as a CSV file; all learning curves as a PNG.
