@@ -68,9 +68,8 @@ def parse_args() -> Args:
         args.model == saved["model"] or sys.exit(f"--model {args.model}: the checkpoint is of {saved['model']}")
     if args.output_dir and (folder := pathlib.Path(args.output_dir).resolve()) != home and any(folder.glob("*")):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
-    for flag, least in MINIMUM.items():
-        if not getattr(args, flag) >= least:  # nor nan
-            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least} or more")
+    for flag, least in MINIMUM.items():  # nan is refused too
+        (x := getattr(args, flag)) >= least or sys.exit(f"--{flag.replace('_', '-')} {x}: must be {least} or more")
     if args.prompts_per_step % (size := args.micro_batch_size) or size % int(os.environ.get("WORLD_SIZE", 1)):
         sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step; the number of processes must divide it")
     return args
@@ -316,6 +315,7 @@ def main(args: Args) -> None:
                                          gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     tokenizer = load(transformers.AutoTokenizer, args.model)
+    tokenizer.eos_token = "<|im_end|>" if args.model == "smollm2" else tokenizer.eos_token  # transformers 5.17 errs
     tokenizer.eos_token or sys.exit(f"--model {args.model}: its tokenizer has no EOS token: set one and save it")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # either will do: no mask looks for it
     train, held_out, dropped = load_prompts(args, tokenizer)

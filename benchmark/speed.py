@@ -151,7 +151,9 @@ def main():
 
         import rloo
         flags.model = tempfile.mkdtemp()
-        rloo.load(AutoTokenizer, "smollm2").save_pretrained(flags.model)
+        tokenizer = rloo.load(AutoTokenizer, "smollm2")
+        tokenizer.eos_token = "<|im_end|>"  # as in the scripts
+        tokenizer.save_pretrained(flags.model)
         rloo.load(AutoModelForCausalLM, "smollm2").save_pretrained(flags.model)
     if flags.task in PAIRS:
         flags.dataset = write_pairs(flags, Path(tempfile.mkdtemp(), "pairs.jsonl"))

@@ -422,7 +422,9 @@ def test_micro_batches_and_processes_change_nothing(script, tiny, pairs, tmp_pat
 def test_built_in_pairs(monkeypatch, tmp_path, script=reward_model):
     """Of sampled answers every two that the gold scorer tells apart, all of a prompt in one row."""
     script.load(transformers.AutoModelForCausalLM, "smollm2").save_pretrained(tmp_path)  # faster to load again than GGUF
-    script.load(transformers.AutoTokenizer, "smollm2").save_pretrained(tmp_path)
+    tokenizer = script.load(transformers.AutoTokenizer, "smollm2")
+    tokenizer.eos_token = "<|im_end|>"  # as main has it
+    tokenizer.save_pretrained(tmp_path)
     from accelerate import Accelerator
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(script, "SUBJECTS", ["coffee"])

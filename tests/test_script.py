@@ -18,7 +18,7 @@ import torch
 from conftest import byte_tokenizer, grad_norm, tiny_llama
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, pipeline
 
 import rloo
 
@@ -494,7 +494,10 @@ def test_smollm2_end_to_end_with_the_readme_command(tmp_path):
     sft = next(line.split() for line in result.stdout.splitlines() if line.startswith("SFT"))
     assert float(sft[2]) == 0  # KL, exactly
     kl = EventAccumulator(str(tmp_path / "o")).Reload().Scalars("objective/kl")
-    assert kl[0].value == 0 and kl[1].value != 0  # at step 1 policy and reference agree to the bit, in bf16 too
+    bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)  # there policy and reference agree to the bit at step 1; in
+    assert abs(kl[0].value) <= (0 if bf16 else 1e-5) < abs(kl[1].value)  # fp32, weights without gradient may take another kernel
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "o/final")
+    assert tokenizer.eos_token == "<|im_end|>"  # transformers 5.17 reads another from the GGUF file
     chat = pipeline("text-generation", str(tmp_path / "o/final"))
     answer = chat([{"role": "user", "content": "Write a short review of coffee."}], max_new_tokens=16, do_sample=False)
     text = answer[0]["generated_text"][-1]["content"]
