@@ -487,7 +487,7 @@ def test_alone_in_an_empty_folder_it_explains_itself(tmp_path):
 def test_smollm2_end_to_end_with_the_readme_command(tmp_path):
     """The default command, two steps of it, in bf16 where the machine has it; then plain transformers reads the result."""
     command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "rloo.py"), "--k", "4", "--kl-coef", "0.05",
-               "--total-steps", "2", "--eval-prompts", "10", "--output-dir", str(tmp_path / "o")]
+               "--total-steps", "2", "--eval-prompts", "10", "--prompts-per-step", "4", "--output-dir", str(tmp_path / "o")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "230 prompts, 10 held out" in result.stdout
