@@ -27,7 +27,6 @@ Left out on purpose: other environments, several processes, rollouts of a fixed 
 """
 import importlib.util
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -79,7 +78,7 @@ def parse_flags() -> Args:
         args = tyro.cli(Args, default=Args(**{**state["args"], "resume": str(file), "output_dir": str(file.parent)}))
         if (args.algo, args.hidden) != (state["args"]["algo"], state["args"]["hidden"]):
             sys.exit(f"--resume {args.resume}: --algo and --hidden are this checkpoint's, they stay")
-    elif args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
+    elif args.output_dir and ((path := Path(args.output_dir)).is_file() or any(path.glob("*"))):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     for flag, least in MINIMUM.items():
         if getattr(args, flag) < least:

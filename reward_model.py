@@ -63,7 +63,7 @@ def parse_args() -> Args:
         saved = {**state["args"], "resume": str(file.parent), "output_dir": str(home := file.parent.parent)}
         args = tyro.cli(Args, default=Args(**saved))
         args.model == saved["model"] or sys.exit(f"--model {args.model}: the checkpoint is of {saved['model']}")
-    if args.output_dir and (folder := pathlib.Path(args.output_dir).resolve()) != home and any(folder.glob("*")):
+    if args.output_dir and (x := pathlib.Path(args.output_dir).resolve()) != home and (x.is_file() or any(x.glob("*"))):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     for flag, least in MINIMUM.items():  # nan is refused too
         (x := getattr(args, flag)) >= least or sys.exit(f"--{flag.replace('_', '-')} {x}: must be {least} or more")

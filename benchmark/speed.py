@@ -170,9 +170,9 @@ def main():
                     if status:
                         log.seek(0)
                         sys.exit(f"{side} failed:\n{log.read()[-3000:]}")
-                steps[side] += seconds(flags, out)[2:]  # the first are warm-up: fresh memory, Adam's states
+                steps[side] += (these := seconds(flags, out)[2:])  # the first are warm-up: fresh memory, Adam's states
                 memory[side].append(usage.ru_maxrss / 2**20)
-            print(f"round {turn + 1}, {side:17} median {statistics.median(steps[side]):6.2f} s a step, {memory[side][-1]:.2f} GB", flush=True)
+            print(f"round {turn + 1}, {side:17} {memory[side][-1]:.2f} GB, steps of", *(f"{x:.2f}" for x in these), "s", flush=True)
     median = {side: statistics.median(steps[side]) for side in sides}
     name = "pairs/s" if flags.task in PAIRS else "samples/s"
     print(f"\n{'':17}{'s a step':>10}{'(min-max)':>16}{name:>11}{'peak GB':>9}")

@@ -4,7 +4,8 @@ import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["OMP_NUM_THREADS"] = "1"  # pytest runs two processes (pyproject.toml), and cores that are fought for cost tenfold:
+os.environ["LOCAL_WORLD_SIZE"] = "2"  # each, and what it starts, takes half
 
 import pytest
 import torch

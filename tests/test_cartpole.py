@@ -424,7 +424,7 @@ def test_bad_input_is_one_line_that_names_the_flag(finished, tmp_path, monkeypat
             (["--num-envs", 1], "--num-envs 1: must be 2 or more"), (["--gamma", 1.1], "--gamma 1.1: must be 1 or less"),
             (["--lam", -1], "--lam -1"), (["--epochs", 0], "--epochs 0"), (["--eval-episodes", 0], "--eval-episodes 0"),
             (["--resume", tmp_path / "none.pt"], "no checkpoint of cartpole_pg.py"),
-            (["--output-dir", finished[0]], "in use"),
+            (["--output-dir", finished[0]], "in use"), (["--output-dir", finished[0] / "final.pt"], "in use"),
             (["--resume", finished[0] / "final.pt", "--hidden", 8], "--hidden are this checkpoint's"),
             (["--resume", finished[0] / "final.pt", "--algo", "ppo" if finished[0].name == "reinforce" else "reinforce"], "--algo")]:
         with pytest.raises(SystemExit) as stop:

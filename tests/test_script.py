@@ -339,7 +339,8 @@ def test_the_package_of_smollm2_is_missed_by_name(run, capsys, tiny_flags, monke
 
 
 def test_an_output_directory_in_use_and_a_foreign_checkpoint(run, capsys, tiny_flags, finished, tmp_path):
-    assert "in use" in refused(run, capsys, *tiny_flags, "--output-dir", finished[0])
+    for used in (finished[0], finished[0] / "final/config.json"):  # a folder with something in it, a file
+        assert "in use" in refused(run, capsys, *tiny_flags, "--output-dir", used)
     shutil.copytree(finished[0] / "final", tmp_path / "final")
     state = torch.load(tmp_path / "final/trainer_state.pt")
     torch.save({**state, "script": "ppo"}, tmp_path / "final/trainer_state.pt")
