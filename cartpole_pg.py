@@ -64,7 +64,8 @@ class Args:
     output_dir: str | None = None  # default: runs/cartpole_pg__<seed>__<time>
     seed: int = 1  # of weights, start states, actions and minibatches
 MINIMUM = {"num_envs": 2, "total_steps": 1, "learning_rate": 0, "gamma": 0, "entropy_coef": 0, "lam": 0, "epochs": 1,
-           "minibatches": 1, "clip": 0, "value_clip": 0, "vf_coef": 0, "hidden": 1, "eval_episodes": 1, "save_every": 1}
+           "minibatches": 1, "clip": 0, "value_clip": 0, "vf_coef": 0, "hidden": 1, "eval_episodes": 1, "save_every": 1,
+           "max_grad_norm": 1e-6}
 MAX_STEPS, SOLVED = 500, 475  # of CartPole-v1: the longest episode; the mean return over 100 that counts as solved
 
 def parse_flags() -> Args:
@@ -81,7 +82,7 @@ def parse_flags() -> Args:
     elif args.output_dir and ((path := Path(args.output_dir)).is_file() or any(path.glob("*"))):
         sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
     for flag, least in MINIMUM.items():
-        if getattr(args, flag) < least:
+        if not getattr(args, flag) >= least:  # nan is refused too
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {least} or more")
     for flag in ("gamma", "lam"):
         if getattr(args, flag) > 1:

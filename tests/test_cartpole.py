@@ -421,7 +421,8 @@ def test_a_run_that_reaches_stop_at_keeps_the_weights_that_did_it_and_resumes_to
 
 def test_bad_input_is_one_line_that_names_the_flag(finished, tmp_path, monkeypatch):
     for flags, said in [
-            (["--num-envs", 1], "--num-envs 1: must be 2 or more"), (["--gamma", 1.1], "--gamma 1.1: must be 1 or less"),
+            (["--num-envs", 1], "--num-envs 1: must be 2 or more"), (["--learning-rate", "nan"], "--learning-rate nan: must be 0"),
+            (["--max-grad-norm", -1], "--max-grad-norm -1.0: must be 1e-06"), (["--gamma", 1.1], "--gamma 1.1: must be 1 or less"),
             (["--lam", -1], "--lam -1"), (["--epochs", 0], "--epochs 0"), (["--eval-episodes", 0], "--eval-episodes 0"),
             (["--resume", tmp_path / "none.pt"], "no checkpoint of cartpole_pg.py"),
             (["--output-dir", finished[0]], "in use"), (["--output-dir", finished[0] / "final.pt"], "in use"),

@@ -368,6 +368,6 @@ def test_bad_input(flags, bad, said):
 def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(finished, flags, tmp_path, monkeypatch):
     calls, real = [], torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *x: calls.append(1) or real(*x) * (float("nan") if len(calls) > 3 else 1))
-    with pytest.raises(SystemExit, match="lower --learning-rate; --resume .*checkpoint-3"):
+    with pytest.raises(SystemExit, match="lower --learning-rate; last weights: .*checkpoint-3"):
         run_script(dpo, *flags, "--output-dir", tmp_path / "o")
     assert same(tmp_path / "o/checkpoint-3", finished / "checkpoint-3")

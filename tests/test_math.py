@@ -92,6 +92,15 @@ def test_expected_gradient_is_that_of_the_exact_objective(k):
     assert max(a.abs().max() for a in exact) > 1e-2
 
 
+def test_a_model_that_ignores_its_cache_is_refused():
+    """As transformers will from 5.40 on, by that name: responses would be sampled without their prompts, and nothing say so."""
+    model = tiny_llama()
+    ignores = lambda ids, past_key_values, **options: model(ids, **options)
+    ignores.config = model.config
+    with pytest.raises(AssertionError, match="past_key_values"):
+        rloo.encode_prompts(ignores, *left_pad([[2, 3, 0]]), 2)
+
+
 PROMPTS = [[5, 9, 14], [7], [3, 4, 5, 6, 7, 8]]
 RESPONSES = [[20, 21, 22, EOS], [23, EOS], [24, 25, 26, 27], [EOS], [30, 31, 32, 33], [34, 35, 36, EOS]]  # k = 2
 

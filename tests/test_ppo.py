@@ -302,6 +302,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_weights(finis
     flags, out = finished
     calls, real = [], ppo.ppo_value_loss  # a call an update, four a step: the third step has one good one
     monkeypatch.setattr(ppo, "ppo_value_loss", lambda *x: calls.append(1) or real(*x) * (float("nan") if len(calls) > 9 else 1))
-    with pytest.raises(SystemExit, match="lower --learning-rate; once mended, --resume .*checkpoint-2"):
+    with pytest.raises(SystemExit, match="lower --learning-rate; the weights so far: --resume .*checkpoint-2"):
         run_script(ppo, *flags, "--output-dir", tmp_path / "o")
     assert same(tmp_path / "o/checkpoint-2", out / "checkpoint-2")

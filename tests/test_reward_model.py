@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import accelerate
@@ -198,6 +199,18 @@ def test_sdpa_takes_the_packed_masks(monkeypatch):
     sdpa = transformers.AttentionInterface()["sdpa"]
     monkeypatch.setattr(sys.modules[type(model.model.layers[0].self_attn).__module__], "eager_attention_forward", sdpa)
     assert torch.allclose(shared(*batch), eager, atol=1e-5)
+
+
+@both
+def test_an_evaluation_takes_a_process_no_more_prompts_than_training_does(script):
+    tokenizer, model = byte_tokenizer(pad_token="<|pad|>"), script.AnswerLogits(classifier(tiny_llama, LABELS[script]))
+    data = [{"prompt": f"{i}", "chosen": "b", "rejected": "c"} for i in range(7)]
+    args, sizes = script.Args(dataset="given", micro_batch_size=4), []
+    model.register_forward_pre_hook(lambda _, batch: sizes.append(len(batch[2])))
+    accelerator = types.SimpleNamespace(autocast=contextlib.nullcontext, device="cpu", num_processes=2)
+    loss = script.bradley_terry if script is reward_model else script.ordinal
+    _, logits, _ = script.evaluate_pairs(args, accelerator, model, script.group_pairs(args, tokenizer, data)[0], loss)
+    assert sizes == [2, 2, 2, 1] and len(logits) == 7
 
 
 @both
@@ -460,6 +473,17 @@ def test_margin_without_ratings(tiny, tmp_path):
     rows = [{"prompt": str(i), "chosen": "b", "rejected": "c"} for i in range(50)]
     with pytest.raises(SystemExit, match="--margin: the dataset has no numbers in columns"):
         run(reward_model, *FLAGS, "--margin", "--model", tiny, "--dataset", write(tmp_path / "d.jsonl", rows), "--output-dir", tmp_path / "o")
+
+
+def test_margin_with_ratings_of_some_pairs_alone(tiny, tmp_path):
+    """They count; a prompt's answers need not all be rated. Those of --eval-dataset are not trained on, and do not."""
+    rated = {"chosen": "b", "rejected": "c", "chosen_rating": 3, "rejected_rating": 1}
+    rows = [{"prompt": str(i), **more} for i in range(50) for more in (rated, {"chosen": "b", "rejected": "d"})]
+    flags = [*FLAGS, "--margin", "--model", tiny, "--total-steps", 1, "--output-dir", tmp_path / "o"]
+    data, unrated = write(tmp_path / "d.jsonl", rows), write(tmp_path / "u.jsonl", rows[1::2])
+    with pytest.raises(SystemExit, match="--margin: the dataset has no numbers in columns"):
+        run(reward_model, *flags, "--dataset", unrated, "--eval-dataset", data)
+    run(reward_model, *flags, "--dataset", data)
 
 
 def test_margin_asks_for_more(tiny, pairs, tmp_path, capsys):

@@ -194,6 +194,9 @@ def test_a_reward_function_reads_the_datasets_columns(tiny, reward):
     assert train[1]["ids"] == tokenizer("1+1?")["input_ids"]  # a string is used as it is
     score = rloo.make_scorer("--reward", reward("exact"), torch.device("cpu"))
     assert score(train, ["1", "7", "3"]) == [1.0, 0.0, 1.0]
+    for row in train:  # of a dataset that has such columns itself, as UltraFeedback
+        row["columns"].update(prompts="no", completions=["no"])
+    assert score(train, ["1", "7", "3"]) == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.jsonl.gz", "p.csv", "p.parquet"])
@@ -297,12 +300,13 @@ def refused(run, capsys, *flags):
     (["--max-prompt-length", 2], "only 0 prompts fit --max-prompt-length"),
     (["--reward", "missing.py:f"], "--reward missing.py:f"),
     (["--reward", "REWARD:nothing"], "KeyError('nothing')"),
+    (["--reward", "REWARD"], "cannot be loaded as path/file.py:function: KeyError('')"),
     (["--reward", "REWARD:short"], "finite scores"),
     (["--reward", "REWARD:nan"], "finite scores"),
     (["--reward", "REWARD:raises"], "raised KeyError('final')"),
     (["--reward", "no-such-model"], "--reward no-such-model: no hub id or folder of a AutoTokenizer"),
     (["--eval-reward", "no-such-model"], "--eval-reward no-such-model: no hub id or folder"),
-    (["--reward", "TINY"], "not a trained classifier, it lacks score.weight"),
+    (["--reward", "TINY"], "not a trained classifier: no ['score.weight']"),
     (["--max-grad-norm", 0], "--max-grad-norm 0.0: must be 1e-06 or more"),
     (["--temperature", "nan"], "--temperature nan: must be 0.01 or more"),
     (["--model", "no-such-model"], "--model no-such-model: no hub id or folder"),
