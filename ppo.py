@@ -184,7 +184,7 @@ def encode_prompts(model, prompt_ids, prompt_mask, k, cache_class=transformers.D
     cache, positions = cache_class(config=model.config), (prompt_mask.cumsum(1) - 1).clamp(min=0)  # left padding
     options = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = model(prompt_ids, attention_mask=prompt_mask, position_ids=positions, **options).logits[:, -1:]
-    assert cache.get_seq_length() == prompt_ids.shape[1], "transformers 5.40 or newer: no past_key_values any more"
+    assert cache.get_seq_length() == prompt_ids.shape[1], "past_key_values was not filled: take transformers below 5.40"
     cache.batch_repeat_interleave(k)  # rows of one prompt are neighbours
     mask = prompt_mask.repeat_interleave(k, 0)
     return cache, logits.repeat_interleave(k, 0), mask, mask.sum(1, keepdim=True)
