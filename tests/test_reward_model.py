@@ -19,6 +19,7 @@ from conftest import byte_tokenizer, tiny_gpt2, tiny_llama
 from conftest import run_script as run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_math import left_pad
 
 import reward_model
 import reward_model_ordinal
@@ -450,6 +451,44 @@ def test_built_in_pairs(monkeypatch, tmp_path, script=reward_model):
     rows, dropped = script.group_pairs(args, tokenizer, data)
     assert 2 <= len(rows) <= 4 and not dropped and max(len(row["pairs"]) for row in rows) > 1
     assert tokenizer.decode(rows[0]["ids"][0]).rstrip().endswith("<|im_end|>")
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])  # GPT-2: absolute positions, under left padding
+def test_the_answers_of_the_built_in_pairs_are_those_of_rloos_sampler(make, monkeypatch, tmp_path, script=reward_model):
+    """Two batches of prompts: the same random numbers give the same answers to the same prompts, and every two of them a pair."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    AcceleratorState._reset_state(reset_partial_state=True)
+    gold = lambda text: sum(ord(c) % 97 for c in text) % 31 / 31
+    monkeypatch.setattr(SentimentIntensityAnalyzer, "polarity_scores", lambda _, text: dict(compound=gold(text)))
+    monkeypatch.setattr(script, "SUBJECTS", ["coffee", "rain"])
+    monkeypatch.setattr(script, "REQUESTS", [f"{'Please ' * (n % 3)}{n} {{}}" for n in range(10)])
+    model, tokenizer = make(), byte_tokenizer()
+    model.generation_config.eos_token_id = [1, *range(60, 90)]  # some end early
+    model.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
+    args = script.Args(model=str(tmp_path), k=3, max_new_tokens=8, temperature=1.3)
+    data = script.sample_pairs(args, accelerate.Accelerator(mixed_precision="no"))
+    prompts, expected = [request.format(subject) for subject in script.SUBJECTS for request in script.REQUESTS], []
+    for i in (0, 16):
+        batch = prompts[i:i + 16]
+        torch.manual_seed(script.random_stream(args.seed, 1, i).initial_seed())
+        uniforms = torch.cat([torch.rand(len(batch) * 3, 1) for _ in range(8)], 1)
+        ids = [tokenizer(f"<s>user:{prompt}</s><s>assistant:", add_special_tokens=False)["input_ids"] for prompt in batch]
+        answers = rloo.generate(model, *left_pad(ids), 3, uniforms, 1.3, model.generation_config.eos_token_id)
+        mask = rloo.completion_mask(answers, model.generation_config.eos_token_id)
+        texts = tokenizer.batch_decode([row[:n].tolist() for row, n in zip(answers, mask.sum(1))], skip_special_tokens=True)
+        assert len(set(mask.sum(1).tolist())) > 2
+        for j, prompt in enumerate(batch):
+            three = set(texts[3 * j:3 * j + 3])
+            expected += [(prompt, a, b) for a in three for b in three if gold(a) >= gold(b) + 0.1]
+    assert sorted((row["prompt"], row["chosen"], row["rejected"]) for row in data) == sorted(expected) and len(expected) > 30
+
+
+@both
+def test_longer_wins_counts_chosen_answers_that_are_longer(script, tiny, tmp_path):
+    rows = [dict(prompt=f"p{n}", chosen="a" * a, rejected="b" * b) for n, (a, b) in enumerate([(5, 2), (6, 3), (4, 4), (1, 7), (9, 2), (8, 3)])]
+    run(script, *FLAGS, "--model", tiny, "--dataset", write(tmp_path / "pairs.jsonl", rows * 2), "--eval-dataset", write(tmp_path / "test.jsonl", rows),
+        "--prompts-per-step", 2, "--total-steps", 1, "--output-dir", tmp_path / "o")
+    assert EventAccumulator(str(tmp_path / "o")).Reload().Scalars("eval/longer_wins")[0].value == pytest.approx(4 / 6)
 
 
 @both

@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import gzip
+import importlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from conftest import byte_tokenizer, grad_norm, tiny_llama
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -150,6 +152,27 @@ def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(finished, tiny_flags
         assert same(finished[0] / "final", out / "final")
 
 
+def test_a_kill_between_the_model_and_the_optimizer_leaves_no_checkpoint(run, tiny_flags, tmp_path, monkeypatch):
+    saved, real = [], torch.save
+
+    def killed_at_the_second(*args):
+        saved.append(args) if not saved else os.kill(os.getpid(), signal.SIGINT)
+        real(*args)
+    monkeypatch.setattr(torch, "save", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(*tiny_flags, "--save-every", 1, "--output-dir", tmp_path / "o")
+    assert sorted(path.name for path in tmp_path.glob("o/*") if path.is_dir() and path.name[0] != ".") == ["checkpoint-1"]
+    monkeypatch.undo()
+    run("--resume", tmp_path / "o/checkpoint-1")
+    assert (tmp_path / "o/final").exists()
+
+
+def test_policy_and_reference_agree_to_the_bit_at_the_start_in_bf16(run, tiny_flags, tmp_path):
+    run(*tiny_flags, "--precision", "bf16", "--total-steps", 2, "--eval-prompts", 0, "--output-dir", tmp_path / "o")
+    kl = [event.value for event in EventAccumulator(str(tmp_path / "o")).Reload().Scalars("objective/kl")]
+    assert kl[0] == 0 and abs(kl[1]) > 1e-3
+
+
 def test_eval_only_compares_a_checkpoint_with_its_reference(finished, tiny_flags, run, capsys):
     run("--resume", finished[0] / "final", "--eval-only")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("SFT", "trained"))]
@@ -267,6 +290,25 @@ def test_a_classifier_scores_the_templated_text_with_one_eos_whatever_the_batch(
         logits = model(torch.tensor([ids])).logits[0]
         expected = logits[0] if labels == 1 else (logits.softmax(0) * torch.arange(1, labels + 1)).sum()
         assert value == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("pad", ["</s>", None])
+def test_other_peoples_classifiers_read_the_end_of_a_long_text_padded_or_not(tmp_path, pad):
+    """No chat template, perhaps no padding token, and a longest input: the answer, at the end, is what must be read."""
+    model = save_classifier(tmp_path, 1, pad=None)
+    model.config.pad_token_id = 1  # as for whoever pads with the EOS: transformers reads the last token before it
+    tokenizer = byte_tokenizer(chat_template=None, pad_token=pad)
+    tokenizer.model_max_length = 20
+    (tmp_path / "chat_template.jinja").unlink(), tokenizer.save_pretrained(tmp_path)
+    score = rloo.make_scorer("--reward", str(tmp_path), torch.device("cpu"))
+    rows = [{"prompt": "p" * 50, "messages": None, "text": "p" * 50, "columns": {}},
+            {"prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "text": "<s>user:hi", "columns": {}}]
+    rows, texts = rows * 2, ["a", "yes", "b", "no"]
+    plain = [byte_tokenizer()(text)["input_ids"] + [1] for text in ("p" * 50 + "a", "hi\nyes", "p" * 50 + "b", "hi\nno")]
+    expected = [model(torch.tensor([ids[-20:]])).logits.item() for ids in plain]
+    assert score(rows, texts) == pytest.approx(expected, abs=1e-5)
+    assert [score([row], [text])[0] for row, text in zip(rows, texts)] == pytest.approx(expected, abs=1e-5)
+    assert len({round(value, 3) for value in expected}) == 4
 
 
 def test_a_learned_reward_is_reported_beside_the_gold_one(tiny_flags, run, tmp_path, capsys):
@@ -479,12 +521,23 @@ def test_a_block_with_the_same_name_is_the_same_text():
     assert not [name for name, versions in seen.items() if len(versions) > 1]
 
 
-def test_alone_in_an_empty_folder_it_explains_itself(tmp_path):
-    shutil.copy(ROOT / "rloo.py", tmp_path)
-    result = subprocess.run([sys.executable, "rloo.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_alone_in_an_empty_folder_it_explains_itself(tmp_path, name):
+    shutil.copy(ROOT / name, tmp_path)
+    result = subprocess.run([sys.executable, name, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0
-    for field in rloo.Args.__dataclass_fields__:
+    for field in importlib.import_module(name[:-3]).Args.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmark/RESULTS.md", *SCRIPTS])
+def test_every_command_of_ours_that_is_shown_is_understood(name):
+    text = (ROOT / name).read_text().replace("\\\n", " ")
+    shown = re.findall(r"(?:accelerate launch|uv run|python|torchrun)(?: --\S+ [^-\s]\S*)* (\w+)\.py\b([^#`|\n]*)", text)
+    assert len(shown) >= {"README.md": 18, "benchmark/RESULTS.md": 0}.get(name, 2)
+    for script, flags in shown:
+        if f"{script}.py" in SCRIPTS:
+            tyro.cli(importlib.import_module(script).Args, args=flags.replace("...", "").split())
 
 
 # ---- the real model
