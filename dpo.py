@@ -11,7 +11,7 @@ For a prompt x with a chosen answer w and a rejected one l, log pi(y) being the 
     h    = [log pi(w) - log pi_ref(w)] - [log pi(l) - log pi_ref(l)]
     loss = - log sigmoid(beta h)                     as if beta [log pi(y) - log pi_ref(y)] were a reward model's score
 Rafailov et al. 2023, arXiv 2305.18290; other losses: see dpo_loss. Left out: LoRA, an SFT term, sampling new pairs.
-    accelerate launch dpo.py      # SmolLM2's own good and bad answers by VADER; offline: score 0.30 -> 0.68
+    accelerate launch dpo.py      # SmolLM2's own good and bad answers by VADER; offline: score 0.30 -> 0.69
     accelerate launch dpo.py --dataset pairs.jsonl --eval-dataset test.jsonl --chat --max-length 1024
 """
 import copy, ctypes, dataclasses, importlib.util, math, os, pathlib, runpy, shutil, sys, time, traceback, typing

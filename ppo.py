@@ -14,7 +14,7 @@ For each prompt x sample responses y from the policy pi, then called pi_old; V(t
            + vf_coef / 2 * mean_t (V(t) - A_t - V_old(t))^2             with A_t not whitened, V clipped around V_old
 --epochs times over the samples, each in --minibatches steps. The critic starts as the classifier of --reward, or as the
 policy; a new head at the mean score, as V gets no push past cliprange. Huang et al. 2024, arXiv 2403.17031 ("N+").
-    accelerate launch ppo.py         # SmolLM2-135M learns to write cheerfully, offline: 0.30 -> 0.71 in 10-15 minutes
+    accelerate launch ppo.py         # SmolLM2-135M learns to write cheerfully, offline: 0.30 -> 0.70 in 10-15 minutes
     accelerate launch ppo.py --reward runs/reward_model__1__1767225600/final --eval-reward vader
 Left out on purpose: adaptive KL, reward whitening, a score for no EOS, a critic that shares layers, LoRA, vLLM, top-p.
 """
