@@ -6,12 +6,13 @@
 
     uv run benchmark/frontier.py runs/frontier/* --save benchmark/frontier
 
-Folders are named {script}_{setting}_{seed}, such as dpo_beta0.1_1 and rloo_kl0.05_1; no final/, not finished, left out. Figure 2 of the DPO paper (arXiv
-2305.18290). Writes SAVE.csv and SAVE.png; of one seed, whose untrained model is the cross.
+Folders are named {script}_{setting}_{seed}, such as dpo_beta0.1_1 and rloo_kl0.05_1; no final/, not finished, left out. A line goes through the means of
+each setting, whose single runs are small dots; the cross is the untrained model. Figure 2 of the DPO paper (arXiv 2305.18290). Writes SAVE.csv and SAVE.png.
 """
 import argparse
 import csv
 import re
+import statistics
 from pathlib import Path
 
 from compare import read
@@ -22,7 +23,7 @@ def main():
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--save", type=Path, required=True)
     args = parser.parse_args()
-    points, rows = {}, []
+    points, befores, rows = {}, [], []
     for folder in args.folders:
         match = re.fullmatch(r"([a-z]+)_(.*)_(\d+)", folder.name)
         if not match or not (folder / "final").exists():
@@ -32,7 +33,8 @@ def main():
         scalars = read(folder)[1]
         before, after = ([scalars[f"eval/{tag}"][i][1] for tag in ("kl", "score", "distinct_2", "repetition")] for i in (0, -1))
         name = f"{script}.py, " + re.sub(r"\d[\d.e-]*", " ", setting, count=1).strip()  # the first number is what a line varies
-        points.setdefault(name, []).append((*after[:2], setting))
+        points.setdefault(name, {}).setdefault(setting, []).append(after[:2])
+        befores.append(before[:2])
         rows.append((script, setting, seed, *(round(x, 4) for x in after)))
     header = ("script", "setting", "seed", "kl", "score", "distinct_2", "repetition")
     rows.sort(key=lambda row: (row[0], row[3]))  # by KL
@@ -45,14 +47,16 @@ def main():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
-    for color, (name, runs) in zip(plt.cm.tab10.colors, points.items()):
-        kls, scores, settings = zip(*sorted(runs))
-        axis.plot(kls, scores, "o-", color=color, label=name)
-        for kl, score, setting in zip(kls, scores, settings):
+    mean = lambda runs: tuple(map(statistics.mean, zip(*runs)))
+    for color, (name, settings) in zip(plt.cm.tab10.colors, points.items()):
+        means = sorted((*mean(runs), setting) for setting, runs in settings.items())
+        axis.plot(*zip(*sum(settings.values(), [])), ".", color=color, alpha=0.4)
+        axis.plot(*zip(*(point[:2] for point in means)), "o-", color=color, label=name)
+        for kl, score, setting in means:
             axis.annotate(setting, (kl, score), xytext=(6, -10), textcoords="offset points", fontsize=8, color=color)
-    axis.plot(*before[:2], "kx", label="before")
+    axis.plot(*mean(befores), "kx", label="before")
     axis.set_xscale("symlog", linthresh=10, linscale=3)  # linear up to 10 nats: a run without KL goes to 100
-    axis.set_xticks(ticks := [0, 2, 4, 6, 8, 10, 20, 50, 100], map(str, ticks))
+    axis.set_xticks(ticks := [tick for tick in (0, 2, 4, 6, 8, 10, 20, 50, 100) if tick < 1.5 * max(row[3] for row in rows)], map(str, ticks))
     axis.set_xticks([], minor=True)
     axis.set(xlabel="KL from the reference, nats a response", ylabel="score, held-out prompts")
     axis.grid(alpha=0.3)

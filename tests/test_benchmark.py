@@ -91,16 +91,17 @@ def test_compare_has_a_row_a_name_and_a_line_a_run(runs, monkeypatch, capsys, tm
 
 
 def test_frontier_has_a_line_a_script_and_a_point_a_run(runs, monkeypatch, capsys, tmp_path):
-    folders = [tmp_path / name for name in ("rloo_kl0.1_1", "rloo_kl0_1", "dpo_beta1e-1_2")]
-    for folder, run in zip(folders, (1, 2, 1)):
+    folders = [tmp_path / name for name in ("rloo_kl0.1_1", "rloo_kl0_1", "rloo_kl0_2", "dpo_beta1e-1_2")]
+    for folder, run in zip(folders, (1, 2, 1, 1)):
         shutil.copytree(runs / f"rloo{run}", folder)
     (tmp_path / "dpo_cut_1").mkdir()
     text = main(frontier, monkeypatch, capsys, *folders, tmp_path / "dpo_cut_1", "--save", tmp_path / "f")
     assert (tmp_path / "f.png").stat().st_size > 10_000 and "cut_1: not finished" in text
-    by_kl = {name: seeds.read_events(runs / run)[1]["eval/kl"][-1][1] for name, run in (("kl0.1", "rloo1"), ("kl0", "rloo2"), ("beta1e-1", "rloo1"))}
+    kl = [seeds.read_events(runs / f"rloo{run}")[1]["eval/kl"][-1][1] for run in (1, 2)]
+    expected = {("dpo", "beta1e-1", "2"): kl[0], ("rloo", "kl0.1", "1"): kl[0], ("rloo", "kl0", "1"): kl[1], ("rloo", "kl0", "2"): kl[0]}
     rows = list(csv.DictReader((tmp_path / "f.csv").open()))
-    assert [(row["script"], row["setting"], row["seed"]) for row in rows] == [("dpo", "beta1e-1", "2"), *sorted((("rloo", "kl0.1", "1"), ("rloo", "kl0", "1")), key=lambda row: by_kl[row[1]])]
-    assert all(float(row["kl"]) == pytest.approx(by_kl[row["setting"]], abs=1e-4) for row in rows)
+    assert {(row["script"], row["setting"], row["seed"]): float(row["kl"]) for row in rows} == pytest.approx(expected, abs=1e-4)
+    assert rows[0]["script"] == "dpo" and sorted(rows[1:], key=lambda row: float(row["kl"])) == rows[1:]
 
 
 def test_pipeline_prints_both_kinds_and_draws_them(runs, monkeypatch, capsys, tmp_path):
