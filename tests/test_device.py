@@ -69,6 +69,8 @@ def pretend():
     _setup_privateuseone_for_python_backend("gpu")
     torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16]
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes a CPU tensor and sends it
+    with torch.device("cpu"):
+        torch.empty(0)  # now the device contexts know the real torch.tensor: else transformers leaves rotary frequencies as they lie
     tensor = torch.tensor  # of a list of tensors, it reads them below the dispatcher
     torch.tensor = lambda data, **options: tensor(tree_map(lambda x: x.item() if isinstance(x, OnGPU) else x, data), **options)
     torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the same object, as on CUDA
@@ -127,6 +129,8 @@ def test_a_tensor_that_stays_behind_is_found(errors):
 
 if __name__ == "__main__":
     pretend()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN, so that what nobody wrote is found
     ends, path = [], pathlib.Path(sys.argv[1])
     for job in json.loads(path.read_text()):
         try:
