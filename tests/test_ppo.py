@@ -211,7 +211,7 @@ def test_an_epoch_trains_on_every_sample_once(tiny_flags, tmp_path, monkeypatch)
     halves = [seen[i][1] + seen[i + 1][1] for i in (0, 2)]
     assert abs(sum(halves)) < 1e-3 < abs(halves[0])
     optimizer = torch.load(tmp_path / "o/final/trainer_state.pt")["optimizer"]
-    assert optimizer["param_groups"][0]["eps"] == 1e-5  # Adam's, of N+ (arXiv 2403.17031): its default of 1e-8 trains worse
+    assert optimizer["param_groups"][0]["eps"] == 1e-5  # of N+, arXiv 2403.17031; PyTorch's default is 1e-8
 
 
 def test_the_value_loss_changes_nothing_in_the_policy(one_update):

@@ -169,6 +169,7 @@ def test_a_kill_between_the_model_and_the_optimizer_leaves_no_checkpoint(run, ti
 
 
 def test_policy_and_reference_agree_to_the_bit_at_the_start_in_bf16(run, tiny_flags, tmp_path):
+    """The reference keeps bf16 only where autocast casts, so the policy's numbers are its numbers."""
     run(*tiny_flags, "--precision", "bf16", "--total-steps", 2, "--eval-prompts", 0, "--output-dir", tmp_path / "o")
     kl = [event.value for event in EventAccumulator(str(tmp_path / "o")).Reload().Scalars("objective/kl")]
     assert kl[0] == 0 and abs(kl[1]) > 1e-3

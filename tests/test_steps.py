@@ -15,20 +15,16 @@ import rloo
 
 SCRIPTS = pytest.mark.parametrize("script", [reinforce, rloo, ppo], ids=lambda script: script.__name__)
 TEMPERATURE, KL_COEF, GAMMA, LAM, VF_COEF, K = 0.7, 0.5, 0.9, 0.6, 0.3, 3
+STOPS = [1, *range(150, 200)]
 MORE = dict(reinforce=[], rloo=[], ppo=["--minibatches", 1, "--gamma", GAMMA, "--lam", LAM, "--vf-coef", VF_COEF])
 REWARD = """
-calls = []
 def score(prompts, completions, weight, **columns):
-    calls.append(prompts)
     return [w * sum(ord(c) % 97 for c in text) / 97 + len(prompt) / 9 for prompt, text, w in zip(prompts, completions, weight)]
 """
 
 
 def scalars(out, tag):
     return [event.value for event in EventAccumulator(str(out)).Reload().Scalars(tag)]
-
-
-STOPS = [1, *range(150, 200)]
 
 
 @pytest.fixture(scope="module")
