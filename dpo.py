@@ -14,7 +14,8 @@ Rafailov et al. 2023, arXiv 2305.18290; other losses: see dpo_loss. Left out: Lo
     accelerate launch dpo.py      # SmolLM2's own good and bad answers by VADER; offline: score 0.30 -> 0.69
     accelerate launch dpo.py --dataset pairs.jsonl --eval-dataset test.jsonl --chat --max-length 1024
 """
-import copy, ctypes, dataclasses, importlib.util, math, os, pathlib, runpy, shutil, sys, time, traceback, typing
+import copy, ctypes, dataclasses, importlib.util, itertools, math, os, pathlib, runpy, shutil, sys, time, traceback
+import typing
 import accelerate, torch, torch.utils.tensorboard, transformers, tyro
 
 @dataclasses.dataclass
@@ -174,9 +175,9 @@ def packed_attention(module, query, key, value, attention_mask, lengths=None, **
     eager = sys.modules[type(module).__module__].eager_attention_forward  # on CPU sdpa trains slowly
     fast = query.is_cuda and options.get("softcap") is options.get("s_aux") is None  # sdpa has neither
     attend = transformers.AttentionInterface()["sdpa"] if fast else eager
-    if lengths is None:  # not packed: as ever
-        return attend(module, query, key, value, attention_mask, **options)
     query, key = query.to(value.dtype), key.to(value.dtype)  # of autocast: rotary embeddings make them fp32
+    if lengths is None or fast and not options.get("sliding_window"):  # not packed, or row_mask tells the texts apart
+        return attend(module, query, key, value, attention_mask, **options)
     sizes, outputs = [n for p, first, *others in lengths for n in (p + first, *others)], []
     parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
     for p, *answers in lengths:
@@ -192,6 +193,18 @@ def packed_attention(module, query, key, value, attention_mask, lengths=None, **
     return torch.cat(outputs, 1), None
 transformers.AttentionInterface.register("packed", packed_attention)
 transformers.AttentionMaskInterface.register("packed", transformers.masking_utils.eager_mask)
+
+def row_mask(positions, lengths) -> torch.Tensor:
+    """(1, T) -> (1, 1, T, T): -inf where a token must not look, which is all but its text and its prompt up to itself.
+    For a GPU, which is quicker through all of it at once than text by text; on a CPU empty."""
+    if not positions.is_cuda:
+        return positions.new_empty(1, 1, 0, 0)
+    firsts, device = itertools.accumulate(map(len, lengths), initial=0), positions.device
+    numbers = [(i + j, i) for i, group in zip(firsts, lengths) for j, n in enumerate(group) for _ in range(n)]
+    text, prompt = torch.tensor(numbers, device=device).T
+    seen = ((text == text[:, None]) | (text == prompt[:, None])) & (positions <= positions.T)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -math.inf)[None, None]
 
 def pack(groups, device) -> tuple:
     """Groups of token ids, a prompt and its answers -> ids (1, T) in a row, positions (1, T) in each text, lengths."""
@@ -217,7 +230,7 @@ class AnswerLogps(torch.nn.Module):
             for n in answers:
                 inputs += [prompt_end - 1, *range(end, end + n - 1)]
                 targets += range(end, end := end + n)
-        options = dict(attention_mask=ids.new_empty(1, 1, 0, 0), lengths=lengths)  # no mask: attention makes its own
+        options = dict(attention_mask=row_mask(positions, lengths), lengths=lengths)
         options.update(logits_to_keep=torch.tensor(inputs, device=ids.device), use_cache=False)
         logits = self.model(ids, position_ids=positions, **options).logits[0].float() / temperature  # fp32 from here on
         logprobs = -torch.nn.functional.cross_entropy(logits, ids[0, targets], reduction="none")

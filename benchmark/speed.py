@@ -16,7 +16,8 @@ SmolLM2-135M with fp32 weights, bf16 autocast (fp32 on a CPU without AVX512-BF16
 24 new tokens, KL in the reward, vader; ppo: the same, one epoch, two minibatches. reward_model, dpo: the first pairs of the dataset of at
 most 256 tokens, as raw text, 8 a step. All take a step (ppo: a minibatch) in one pass, as TRL does by default; ours by default take 4
 prompts a pass (--micro 4), which needs less memory. Each turn is a process of its own; the first two steps of each are
-warm-up. Peak memory is the process's largest resident set, model loading included. TRL is a dependency of this file only.
+warm-up. Peak memory is the process's largest resident set, on a GPU what PyTorch has allocated there, model loading included. TRL is a
+dependency of this file only.
 """
 import argparse
 import json
@@ -32,11 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 PAIRS = ("reward_model", "dpo")
+ON_GPU = "import runpy, sys, torch; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__'); print('peak', torch.cuda.max_memory_allocated())"
 
 
 def ours(script, flags, out):
     """A script by its command line; its own curve has the samples a second of each step."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), "--total-steps", str(flags.steps), "--eval-prompts", "0",
+    command = [sys.executable, *(["-c", ON_GPU] if flags.gpu else []), str(ROOT / f"{script}.py"), "--total-steps", str(flags.steps), "--eval-prompts", "0",
                "--prompts-per-step", str(flags.prompts), "--micro-batch-size", str(flags.micro or flags.prompts // (1 + (script == "ppo"))),
                "--model", flags.model, "--output-dir", out]
     if script in PAIRS:
@@ -56,7 +58,7 @@ def samples(flags):
 
 def trl(script, flags, out):
     return [sys.executable, __file__, flags.task, "--trl-worker", out,
-            *(f"--{n}={v}" for n, v in vars(flags).items() if n not in ("task", "trl_worker"))]
+            *(f"--{n}={v}" for n, v in vars(flags).items() if n not in ("task", "trl_worker", "gpu"))]
 
 
 def trl_seconds(flags, out):
@@ -111,6 +113,7 @@ def trl_worker(flags):
             trainer = RewardTrainer(model=model, args=config, **inputs)
     trainer.train()
     Path(flags.trl_worker, "seconds.json").write_text(json.dumps(seconds))
+    print("peak", torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None)
 
 
 def write_pairs(flags, path):
@@ -145,6 +148,8 @@ def main():
     flags = parser.parse_args()
     if flags.trl_worker:
         return trl_worker(flags)
+    import torch
+    flags.gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if flags.model == "smollm2":  # TRL loads its reference by path, so both sides get a plain directory
         sys.path.insert(0, str(ROOT))
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -167,17 +172,18 @@ def main():
                 with open(Path(folder, "log"), "w+") as log:
                     process = subprocess.Popen(command(side.removesuffix(".py"), flags, out), stdout=log, stderr=subprocess.STDOUT)
                     _, status, usage = os.wait4(process.pid, 0)
+                    log.seek(0)
+                    text = log.read()
                     if status:
-                        log.seek(0)
-                        sys.exit(f"{side} failed:\n{log.read()[-3000:]}")
+                        sys.exit(f"{side} failed:\n{text[-3000:]}")
                 steps[side] += (these := seconds(flags, out)[2:])  # the first are warm-up: fresh memory, Adam's states
-                memory[side].append(usage.ru_maxrss / 2**20)
-            print(f"round {turn + 1}, {side:17} {memory[side][-1]:.2f} GB, steps of", *(f"{x:.2f}" for x in these), "s", flush=True)
+                memory[side].append(int(text.split("peak ")[-1].split()[0]) / 2**30 if flags.gpu else usage.ru_maxrss / 2**20)
+            print(f"round {turn + 1}, {side:17} {memory[side][-1]:.2f} GB, steps of", *(f"{x:.3g}" for x in these), "s", flush=True)
     median = {side: statistics.median(steps[side]) for side in sides}
     name = "pairs/s" if flags.task in PAIRS else "samples/s"
-    print(f"\n{'':17}{'s a step':>10}{'(min-max)':>16}{name:>11}{'peak GB':>9}")
+    print(f"\n{flags.gpu or '':17}{'s a step':>10}{'(min-max)':>16}{name:>11}{'peak GB':>9}")
     for side in sides:
-        print(f"{side:17}{median[side]:10.2f}{f'({min(steps[side]):.2f}-{max(steps[side]):.2f})':>16}"
+        print(f"{side:17}{median[side]:10.3f}{f'({min(steps[side]):.3f}-{max(steps[side]):.3f})':>16}"
               f"{samples(flags) / median[side]:11.2f}{max(memory[side]):9.2f}")
     a, b = sides
     print(f"{a} / {b}: {median[b] / median[a]:.2f} x the {name}, {max(memory[a]) / max(memory[b]):.2f} x the peak memory")

@@ -202,6 +202,25 @@ def test_sdpa_takes_the_packed_masks(monkeypatch):
     assert torch.allclose(shared(*batch), eager, atol=1e-5)
 
 
+def test_a_row_in_one_call_is_the_same_text_by_text():
+    """row_mask, by which a GPU takes all attention of a row at once; also under autocast, whose sdpa wants a mask in bf16."""
+    class OnGPU(torch.Tensor):
+        is_cuda = property(lambda self: True)
+    tokenizer = byte_tokenizer(pad_token="<|pad|>")
+    model, rows = classifier(tiny_llama, 1), rows_of([*GROUPS, ("y", ["ab", "a"])], tokenizer)
+    ids, positions, lengths = reward_model.collate(rows, "cpu")
+    plain = copy.deepcopy(model.base_model)
+    plain.set_attn_implementation("sdpa")
+    reward_model.AnswerLogits(model)
+    with torch.no_grad():
+        text_by_text = model.base_model(ids, position_ids=positions, attention_mask=ids.new_empty(1, 1, 0, 0), lengths=lengths).last_hidden_state
+        mask = reward_model.row_mask(positions.as_subclass(OnGPU), lengths).as_subclass(torch.Tensor)
+        assert mask.shape == (1, 1, ids.shape[1], ids.shape[1])
+        assert torch.allclose(plain(ids, position_ids=positions, attention_mask=mask).last_hidden_state, text_by_text, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reward_model.row_mask(positions.as_subclass(OnGPU), lengths).dtype == torch.bfloat16
+
+
 @both
 def test_an_evaluation_takes_a_process_no_more_prompts_than_training_does(script):
     tokenizer, model = byte_tokenizer(pad_token="<|pad|>"), script.AnswerLogits(classifier(tiny_llama, LABELS[script]))

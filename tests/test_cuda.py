@@ -1,0 +1,96 @@
+"""On a real GPU: the numbers of the CPU, and whole runs. The rest of the suite stays on the CPU (conftest.py); CI has no GPU and skips these."""
+import copy
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+from conftest import byte_tokenizer, run_script, tiny_gpt2, tiny_llama
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import dpo
+import ppo
+import reinforce
+import reward_model
+import reward_model_ordinal
+import rloo
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TEXTS = [("question", ["answer", "longer answer", "no"]), ("q", ["a"]), ("what is it?", ["this and that", "nothing"])]
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+
+
+@pytest.mark.parametrize("extra", [{}, dict(model_type="mistral", sliding_window=5), dict(
+    model_type="gemma2", sliding_window=5, attn_logit_softcapping=5.0, query_pre_attn_scalar=8)], ids=lambda x: x.get("model_type", "llama"))
+def test_packed_texts_give_the_scores_and_gradients_of_the_cpu(extra):
+    """On a GPU a row's attention is one call, with a mask; with sliding windows or soft caps it goes text by text as on the CPU."""
+    options = dict(model_type="llama", vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
+                   num_key_value_heads=2, head_dim=8, initializer_range=0.3, pad_token_id=258, eos_token_id=1) | extra
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.for_model(**options)).eval()
+    tokenizer, results = byte_tokenizer(), {}
+    rows = [{"ids": [reward_model.encode_answer(tokenizer, prompt, x, False) for x in answers]} for prompt, answers in TEXTS]
+    for device in ("cpu", "cuda"):
+        net = reward_model.AnswerLogits(copy.deepcopy(model).to(device))
+        logits = net(*reward_model.collate(rows, device))
+        (logits * torch.arange(1.0, 1 + len(logits), device=device)[:, None]).sum().backward()
+        results[device] = [logits.detach().cpu(), *(p.grad.cpu() for p in net.parameters() if p.grad is not None)]
+    for a, b in zip(results["cpu"], results["cuda"], strict=True):
+        assert torch.allclose(a, b, atol=1e-4 * (1 + a.abs().max()))
+
+
+def test_answers_have_the_log_probabilities_of_the_cpu():
+    tokenizer, values = byte_tokenizer(), {}
+    groups = [[tokenizer(x)["input_ids"] for x in (prompt, *answers)] for prompt, answers in TEXTS]
+    for device in ("cpu", "cuda"):
+        net = dpo.AnswerLogps(tiny_llama().to(device))
+        values[device] = net(*dpo.pack(groups, device), 0.7).detach().cpu()
+    assert torch.allclose(values["cpu"], values["cuda"], atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_the_same_random_numbers_sample_the_same_responses(make):
+    """With their log-probabilities; prompts of two lengths, so one is padded on the left."""
+    ids, mask = torch.tensor([[1, 1, 7, 8], [9, 10, 11, 12]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    uniforms, results = torch.rand(6, 12, generator=torch.Generator().manual_seed(0)), {}
+    for device in ("cpu", "cuda"):
+        inputs, model = (ids.to(device), mask.to(device)), make().to(device)
+        responses = rloo.generate(model, *inputs, 3, uniforms.to(device), 0.9, [1])
+        real = rloo.completion_mask(responses, [1])
+        logprobs = rloo.ResponseLogprobs(model)(*inputs, responses, real, 0.9)
+        results[device] = (responses * real).cpu(), logprobs.detach().cpu()
+    assert torch.equal(results["cpu"][0], results["cuda"][0])
+    assert torch.allclose(results["cpu"][1], results["cuda"][1], atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("script", [reinforce, rloo, ppo, dpo, reward_model, reward_model_ordinal], ids=lambda x: x.__name__)
+def test_runs_train_and_resume(script, precision, tiny, tiny_flags, tmp_path):
+    """In fp32 the first step's loss and gradient are the CPU's; every curve is finite; a resumed run ends where the whole one did."""
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(dict(prompt=f"q{i}", chosen="ab" * (1 + i % 3), rejected="12")) + "\n" for i in range(20)))
+    pairs = ["--model", tiny, "--dataset", str(tmp_path / "pairs.jsonl"), "--eval-prompts", "4", "--prompts-per-step", "4", "--micro-batch-size", "2",
+             "--total-steps", "4", "--eval-every", "2", "--learning-rate", "1e-3", *(["--max-new-tokens", "8"] if script is dpo else [])]
+    flags = [*(tiny_flags if script in (reinforce, rloo, ppo) else pairs), "--precision", precision, "--save-every", "2"]
+    run_script(script, *flags, "--output-dir", tmp_path / "gpu")
+    events = EventAccumulator(str(tmp_path / "gpu")).Reload()
+    assert all(math.isfinite(e.value) for tag in events.Tags()["scalars"] for e in events.Scalars(tag))
+    model = transformers.AutoModel.from_pretrained(tmp_path / "gpu/final")
+    run_script(script, "--resume", tmp_path / "gpu/checkpoint-2", "--output-dir", tmp_path / "resumed")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "resumed/final")
+    difference = max((a - b).abs().max().item() for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert difference < 1e-3, difference  # a GPU adds in another order from run to run
+    if precision == "fp32":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "1")
+            run_script(script, *flags, "--output-dir", tmp_path / "cpu")
+        AcceleratorState._reset_state(reset_partial_state=True), GradientState._reset_state()
+        other = EventAccumulator(str(tmp_path / "cpu")).Reload()
+        for tag in ("policy/grad_norm", *(t for t in events.Tags()["scalars"] if t.startswith("loss/"))):
+            a, b = events.Scalars(tag)[0].value, other.Scalars(tag)[0].value
+            assert math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-4), (tag, a, b)
