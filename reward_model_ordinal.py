@@ -96,8 +96,7 @@ def split_prompt(pair) -> tuple:
     n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     if prompt is not None and (isinstance(chosen, str) or n == 0 or chosen[0]["role"] == "assistant"):
         return prompt, chosen, rejected
-    if isinstance(chosen, str):
-        n = len("".join(chosen[:n].rpartition("\n\nAssistant:")[:2]))
+    n = len("".join(chosen[:n].rpartition("\n\nAssistant:")[:2])) if isinstance(chosen, str) else n
     return chosen[:n], chosen[n:], rejected[n:]
 
 def encode_answer(tokenizer, prompt, answer, chat) -> list[int]:
@@ -192,16 +191,15 @@ def packed_attention(module, query, key, value, attention_mask, lengths=None, **
     fast = query.is_cuda and options.get("softcap") is options.get("s_aux") is None  # sdpa has neither
     attend = transformers.AttentionInterface()["sdpa"] if fast else eager
     query, key = query.to(value.dtype), key.to(value.dtype)  # of autocast: rotary embeddings make them fp32
-    if lengths is None or fast and not options.get("sliding_window"):  # not packed, or row_mask tells the texts apart
+    if lengths is None or fast and not options.get("sliding_window"):  # not packed, or pack's mask tells all
         return attend(module, query, key, value, attention_mask, **options)
     sizes, outputs = [n for p, first, *others in lengths for n in (p + first, *others)], []
     parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
     for p, *answers in lengths:
         for i, (q, k, v) in zip(range(len(answers)), parts):  # range first: zip must not take a part too many
             if i == 0:  # the first answer runs with the prompt
-                prompt_k, prompt_v = k[:, :, :p], v[:, :, :p]
-            else:
-                k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
+                prompt = k[:, :, :p], v[:, :, :p]
+            k, v = (torch.cat(x, 2) for x in zip(prompt, (k, v))) if i else (k, v)
             distance = (position := torch.arange(k.shape[2], device=k.device))[-q.shape[2]:, None] - position
             unseen = (distance < 0) | (distance >= (options.get("sliding_window") or math.inf))
             mask = torch.zeros_like(unseen, dtype=q.dtype).masked_fill(unseen, -math.inf)[None, None]
@@ -210,24 +208,15 @@ def packed_attention(module, query, key, value, attention_mask, lengths=None, **
 transformers.AttentionInterface.register("packed", packed_attention)
 transformers.AttentionMaskInterface.register("packed", transformers.masking_utils.eager_mask)
 
-def row_mask(positions, lengths) -> torch.Tensor:
-    """(1, T) -> (1, 1, T, T): -inf where a token must not look, which is all but its text and its prompt up to itself.
-    For a GPU, which is quicker through all of it at once than text by text; on a CPU empty."""
-    if not positions.is_cuda:
-        return positions.new_empty(1, 1, 0, 0)
-    firsts, device = itertools.accumulate(map(len, lengths), initial=0), positions.device
-    numbers = [(i + j, i) for i, group in zip(firsts, lengths) for j, n in enumerate(group) for _ in range(n)]
-    text, prompt = torch.tensor(numbers, device=device).T
-    seen = ((text == text[:, None]) | (text == prompt[:, None])) & (positions <= positions.T)
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -math.inf)[None, None]
-
 def pack(groups, device) -> tuple:
-    """Groups of token ids, a prompt and its answers -> ids (1, T) in a row, positions (1, T) in each text, lengths."""
-    ids = [token for group in groups for part in group for token in part]
-    starts = [(part, len(group[0]) if i else 0) for group in groups for i, part in enumerate(group)]
-    positions = [start + i for part, start in starts for i in range(len(part))]
-    return *torch.tensor([[ids], [positions]], device=device), [[len(part) for part in group] for group in groups]
+    """Groups of token ids, a prompt and its answers -> ids in a row (1, T), positions in their text (1, T),
+    where each token looks (1, 1, T, T), for a GPU, to which one large call costs less than many, and lengths."""
+    row = [(token, len(group[0]) * (j > 0) + n, i, j)
+           for i, group in enumerate(groups) for j, part in enumerate(group) for n, token in enumerate(part)]
+    ids, positions, group, part = torch.tensor(row, device=device).T[:, None]
+    look = lambda: (group == group.T) & ((part == part.T) | (part == 0)) & (positions <= positions.T)
+    mask = look()[None, None] if ids.is_cuda else ids.new_empty(1, 1, 0, 0)
+    return ids, positions, mask, [[len(part) for part in group] for group in groups]
 
 class AnswerLogits(torch.nn.Module):
     """A sequence classifier's logits at the last token of each answer; answers to one prompt share a pass over it."""
@@ -238,15 +227,14 @@ class AnswerLogits(torch.nn.Module):
         model._supports_attention_backend and layers <= {"full_attention", "sliding_attention"} or sys.exit(
             f"--model: {type(model).__name__} is not of attention that can be replaced; use Llama, Qwen, Gemma, ...")
         model.set_attn_implementation("packed")
-    def forward(self, ids, positions, lengths) -> torch.Tensor:
+    def forward(self, ids, positions, mask, lengths) -> torch.Tensor:
         """A batch of `pack` with N answers -> fp32 logits (N, K)."""
-        options = dict(attention_mask=row_mask(positions, lengths), lengths=lengths)
-        output = self.model.base_model(ids, position_ids=positions, use_cache=False, **options)
+        options = dict(attention_mask=mask, lengths=lengths, use_cache=False)
+        output = self.model.base_model(ids, position_ids=positions, **options)
         is_answer = torch.tensor([i > 0 for group in lengths for i in range(len(group))])
         last = torch.tensor(sum(lengths, [])).cumsum(0)[is_answer] - 1  # by index: no token says where an answer ends
-        hidden = output.last_hidden_state[0, last.to(ids.device)]
-        with torch.autocast(hidden.device.type, enabled=False):  # bf16 scores would have 8 bits
-            return self.model.score(hidden.float())
+        with torch.autocast(ids.device.type, enabled=False):  # bf16 scores would have 8 bits
+            return self.model.score(output.last_hidden_state[0, last.to(ids.device)].float())
 
 def collate(rows, device) -> tuple:
     """The inputs of AnswerLogits. The tokens that all answers of a row begin with are its prompt; each keeps one."""

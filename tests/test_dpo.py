@@ -217,7 +217,7 @@ def test_it_starts_at_ln_2_and_learns(finished):
 def test_the_loss_of_a_run_takes_its_flags(loss_type, expected, monkeypatch):
     """chosen -4 and rejected -9 over 2 and 3 tokens, the reference -6 and -8: h = 3, means -2 and -3."""
     logps = {"policy": torch.tensor([[-4.0, -9.0]]), "reference": torch.tensor([[-6.0, -8.0]])}
-    net = lambda name: lambda ids, positions, lengths, temperature: logps[name].flatten()
+    net = lambda name: lambda ids, positions, mask, lengths, temperature: logps[name].flatten()
     args = dpo.Args(loss_type=loss_type, label_smoothing=0.1, beta=0.5, simpo_margin=0.3)
     row = dict(ids=[1], chosen=[2, 2], rejected=[3, 3, 3])
     loss, metrics = dpo.pair_loss(args, accelerate.Accelerator(cpu=True), net("policy"), net("reference"), [row])

@@ -196,29 +196,29 @@ def test_sdpa_takes_the_packed_masks(monkeypatch):
     model, rows = classifier(tiny_llama, 1), rows_of([*GROUPS, ("y", ["ab", "a"])], tokenizer)
     shared, batch = reward_model.AnswerLogits(model), reward_model.collate(rows, "cpu")
     eager = shared(*batch)
-    assert min(n for group in batch[2] for n in group[2:]) == 1  # an answer of one token, behind another
+    assert min(n for group in batch[3] for n in group[2:]) == 1  # an answer of one token, behind another
     sdpa = transformers.AttentionInterface()["sdpa"]
     monkeypatch.setattr(sys.modules[type(model.model.layers[0].self_attn).__module__], "eager_attention_forward", sdpa)
     assert torch.allclose(shared(*batch), eager, atol=1e-5)
 
 
 def test_a_row_in_one_call_is_the_same_text_by_text():
-    """row_mask, by which a GPU takes all attention of a row at once; also under autocast, whose sdpa wants a mask in bf16."""
+    """The mask of `pack`, by which a GPU takes all attention of a row at once; there the ids lie on it, here they only say so."""
     class OnGPU(torch.Tensor):
         is_cuda = property(lambda self: True)
-    tokenizer = byte_tokenizer(pad_token="<|pad|>")
-    model, rows = classifier(tiny_llama, 1), rows_of([*GROUPS, ("y", ["ab", "a"])], tokenizer)
-    ids, positions, lengths = reward_model.collate(rows, "cpu")
-    plain = copy.deepcopy(model.base_model)
-    plain.set_attn_implementation("sdpa")
-    reward_model.AnswerLogits(model)
-    with torch.no_grad():
-        text_by_text = model.base_model(ids, position_ids=positions, attention_mask=ids.new_empty(1, 1, 0, 0), lengths=lengths).last_hidden_state
-        mask = reward_model.row_mask(positions.as_subclass(OnGPU), lengths).as_subclass(torch.Tensor)
-        assert mask.shape == (1, 1, ids.shape[1], ids.shape[1])
-        assert torch.allclose(plain(ids, position_ids=positions, attention_mask=mask).last_hidden_state, text_by_text, atol=1e-4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert reward_model.row_mask(positions.as_subclass(OnGPU), lengths).dtype == torch.bfloat16
+    model = classifier(tiny_llama, 1)
+    batch = reward_model.collate(rows_of([*GROUPS, ("y", ["ab", "a"])], byte_tokenizer(pad_token="<|pad|>")), "cpu")
+    text_by_text = reward_model.AnswerLogits(copy.deepcopy(model))(*batch)
+    with pytest.MonkeyPatch.context() as patch:
+        tensor = torch.tensor
+        patch.setattr(torch, "tensor", lambda *data, **options: tensor(*data, **options).as_subclass(OnGPU))
+        ids, positions, mask, lengths = reward_model.collate(rows_of([*GROUPS, ("y", ["ab", "a"])], byte_tokenizer(pad_token="<|pad|>")), "cpu")
+    ids, positions, mask = (x.as_subclass(torch.Tensor) for x in (ids, positions, mask))
+    assert torch.equal(ids, batch[0]) and lengths == batch[3] and mask.shape == (1, 1, ids.shape[1], ids.shape[1]) and batch[2].numel() == 0
+    model.set_attn_implementation("sdpa")
+    hidden = model.base_model(ids, position_ids=positions, attention_mask=mask).last_hidden_state[0]
+    ends = torch.tensor(sum(lengths, [])).cumsum(0)[[i > 0 for group in lengths for i in range(len(group))]] - 1
+    assert torch.allclose(model.score(hidden[ends]), text_by_text, atol=1e-4)
 
 
 @both
@@ -226,7 +226,7 @@ def test_an_evaluation_takes_a_process_no_more_prompts_than_training_does(script
     tokenizer, model = byte_tokenizer(pad_token="<|pad|>"), script.AnswerLogits(classifier(tiny_llama, LABELS[script]))
     data = [{"prompt": f"{i}", "chosen": "b", "rejected": "c"} for i in range(7)]
     args, sizes = script.Args(dataset="given", micro_batch_size=4), []
-    model.register_forward_pre_hook(lambda _, batch: sizes.append(len(batch[2])))
+    model.register_forward_pre_hook(lambda _, batch: sizes.append(len(batch[3])))
     accelerator = types.SimpleNamespace(autocast=contextlib.nullcontext, device="cpu", num_processes=2)
     loss = script.bradley_terry if script is reward_model else script.ordinal
     _, logits, _ = script.evaluate_pairs(args, accelerator, model, script.group_pairs(args, tokenizer, data)[0], loss)
