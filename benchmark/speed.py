@@ -36,6 +36,14 @@ PAIRS = ("reward_model", "dpo")
 ON_GPU = "import runpy, sys, torch; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__'); print('peak', torch.cuda.max_memory_allocated())"
 
 
+def gpu_name():
+    """As our scripts decide; None: the CPU."""
+    import accelerate
+    import torch
+    on_gpu = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
+    return torch.cuda.get_device_name() if on_gpu else None
+
+
 def ours(script, flags, out):
     """A script by its command line; its own curve has the samples a second of each step."""
     command = [sys.executable, *(["-c", ON_GPU] if flags.gpu else []), str(ROOT / f"{script}.py"), "--total-steps", str(flags.steps), "--eval-prompts", "0",
@@ -87,8 +95,9 @@ def trl_worker(flags):
             seconds.append(time.time() - self.begin)
             self.begin = time.time()
 
-    bf16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)  # as our scripts have it
-    common = dict(output_dir=flags.trl_worker, max_steps=flags.steps, bf16=bf16, use_cpu=not torch.cuda.is_available(),
+    gpu = gpu_name()
+    bf16 = bool(gpu) or torch.cpu.get_capabilities().get("avx512_bf16", False)  # as our scripts have it
+    common = dict(output_dir=flags.trl_worker, max_steps=flags.steps, bf16=bf16, use_cpu=not gpu,
                   gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True)
     if flags.task == "rloo":
         model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32)
@@ -113,7 +122,7 @@ def trl_worker(flags):
             trainer = RewardTrainer(model=model, args=config, **inputs)
     trainer.train()
     Path(flags.trl_worker, "seconds.json").write_text(json.dumps(seconds))
-    print("peak", torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None)
+    print("peak", torch.cuda.max_memory_allocated() if gpu else None)
 
 
 def write_pairs(flags, path):
@@ -148,8 +157,8 @@ def main():
     flags = parser.parse_args()
     if flags.trl_worker:
         return trl_worker(flags)
-    import torch
-    flags.gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # TRL's trainers would take all there are
+    flags.gpu = gpu_name()
     if flags.model == "smollm2":  # TRL loads its reference by path, so both sides get a plain directory
         sys.path.insert(0, str(ROOT))
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -181,7 +190,7 @@ def main():
             print(f"round {turn + 1}, {side:17} {memory[side][-1]:.2f} GB, steps of", *(f"{x:.3g}" for x in these), "s", flush=True)
     median = {side: statistics.median(steps[side]) for side in sides}
     name = "pairs/s" if flags.task in PAIRS else "samples/s"
-    print(f"\n{flags.gpu or '':17}{'s a step':>10}{'(min-max)':>16}{name:>11}{'peak GB':>9}")
+    print(f"\n{flags.gpu or 'CPU'}\n{'':17}{'s a step':>10}{'(min-max)':>16}{name:>11}{'peak GB':>9}")
     for side in sides:
         print(f"{side:17}{median[side]:10.3f}{f'({min(steps[side]):.3f}-{max(steps[side]):.3f})':>16}"
               f"{samples(flags) / median[side]:11.2f}{max(memory[side]):9.2f}")

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import rloo
 
 if torch.cuda.is_available():
-    os.environ.setdefault("ACCELERATE_USE_CPU", "1")  # but for test_cuda.py: what a GPU adds up differs in the last digits from run to run
+    os.environ.setdefault("ACCELERATE_USE_CPU", "1")  # but for test_cuda.py; `accelerate launch` takes the GPU all the same
 
 TEMPLATE = ("{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}")

@@ -8,6 +8,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 from conftest import byte_tokenizer, run_script, tiny_gpt2, tiny_llama
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dpo
@@ -24,6 +25,8 @@ TEXTS = [("question", ["answer", "longer answer", "no"]), ("q", ["a"]), ("what i
 @pytest.fixture(autouse=True)
 def on_the_gpu(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True), GradientState._reset_state()  # the tests after these are the CPU's
 
 
 @pytest.mark.parametrize("extra", [{}, dict(model_type="mistral", sliding_window=5), dict(
@@ -72,7 +75,7 @@ def test_the_same_random_numbers_sample_the_same_responses(make):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("script", [reinforce, rloo, ppo, dpo, reward_model, reward_model_ordinal], ids=lambda x: x.__name__)
 def test_runs_train_and_resume(script, precision, tiny, tiny_flags, tmp_path):
-    """In fp32 the first step's loss and gradient are the CPU's; every curve is finite; a resumed run ends where the whole one did."""
+    """In fp32 the first step's gradient norm is the CPU's within 1 %, and its loss; every curve is finite; a resumed run ends where the whole one did."""
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(dict(prompt=f"q{i}", chosen="ab" * (1 + i % 3), rejected="12")) + "\n" for i in range(20)))
     pairs = ["--model", tiny, "--dataset", str(tmp_path / "pairs.jsonl"), "--eval-prompts", "4", "--prompts-per-step", "4", "--micro-batch-size", "2",
              "--total-steps", "4", "--eval-every", "2", "--learning-rate", "1e-3", *(["--max-new-tokens", "8"] if script is dpo else [])]
@@ -80,16 +83,14 @@ def test_runs_train_and_resume(script, precision, tiny, tiny_flags, tmp_path):
     run_script(script, *flags, "--output-dir", tmp_path / "gpu")
     events = EventAccumulator(str(tmp_path / "gpu")).Reload()
     assert all(math.isfinite(e.value) for tag in events.Tags()["scalars"] for e in events.Scalars(tag))
-    model = transformers.AutoModel.from_pretrained(tmp_path / "gpu/final")
     run_script(script, "--resume", tmp_path / "gpu/checkpoint-2", "--output-dir", tmp_path / "resumed")
-    again = transformers.AutoModel.from_pretrained(tmp_path / "resumed/final")
-    difference = max((a - b).abs().max().item() for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert difference < 1e-3, difference  # a GPU adds in another order from run to run
+    half, whole, again = (load_file(tmp_path / x / "model.safetensors") for x in ("gpu/checkpoint-2", "gpu/final", "resumed/final"))
+    distance = lambda a, b: sum((a[name] - b[name]).abs().sum().item() for name in a)
+    assert distance(whole, again) < 0.2 * distance(whole, half)  # a GPU adds in another order from run to run
     if precision == "fp32":
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ACCELERATE_USE_CPU", "1")
             run_script(script, *flags, "--output-dir", tmp_path / "cpu")
-        AcceleratorState._reset_state(reset_partial_state=True), GradientState._reset_state()
         other = EventAccumulator(str(tmp_path / "cpu")).Reload()
         for tag in ("policy/grad_norm", *(t for t in events.Tags()["scalars"] if t.startswith("loss/"))):
             a, b = events.Scalars(tag)[0].value, other.Scalars(tag)[0].value
