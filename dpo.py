@@ -235,7 +235,7 @@ def sample_answers(args, accelerator, model, tokenizer, rows, k, uniforms) -> li
     options = dict(do_sample=False, repetition_penalty=1.0, logits_processor=[draw], max_new_tokens=args.max_new_tokens)
     with accelerator.autocast():
         if k > 1:  # a prompt runs once for its k answers
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
+            model.config.use_cache, positions = True, (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
             cache = model.base_model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions).past_key_values
             cache.batch_repeat_interleave(k)
             ids, mask, options["past_key_values"] = ids.repeat_interleave(k, 0), mask.repeat_interleave(k, 0), cache
@@ -364,9 +364,9 @@ def main(args: Args) -> None:
         dropped += more
     judge = make_judge("--reward", args.reward)
     model = load(transformers.AutoModelForCausalLM, args.model, dtype=torch.float32).eval()  # eval: no dropout
-    eos = model.generation_config.eos_token_id  # chat models may have several
-    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    model.generation_config.update(eos_token_id=list(eos), do_sample=True)  # sampled: else saving rejects temperature
+    eos = {tokenizer.eos_token_id, *(x if type(x := model.generation_config.eos_token_id) is list else [x])} - {None}
+    model.generation_config = transformers.GenerationConfig(  # as it samples here; chat models may have several EOS
+        eos_token_id=list(eos), bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True)
     local_policy, done, evaluations, pairs = AnswerLogps(model), 0, {}, {}
     policy = accelerator.prepare(local_policy)
     reference = copy.deepcopy(model).requires_grad_(False)

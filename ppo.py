@@ -110,7 +110,7 @@ def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
     held_out = rows[max(0, len(rows) - args.eval_prompts):]
     train = [row for row in rows[:-args.eval_prompts or None] if row["text"] not in [x["text"] for x in held_out]]
     if len(train) < args.prompts_per_step * (not args.eval_only) or len(held_out) < args.eval_only:
-        sys.exit(f"--dataset: only {len(rows)} prompts fit --max-prompt-length; --eval-prompts and a step need more")
+        sys.exit(f"--dataset: too few fit --max-prompt-length: {len(train)} to train on, {len(held_out)} held out")
     return train, held_out, len(data) - len(train + held_out)
 
 def random_stream(*key: int) -> torch.Generator:
@@ -186,8 +186,7 @@ def encode_prompts(model, prompt_ids, prompt_mask, k, cache_class=transformers.D
     logits = model(prompt_ids, attention_mask=prompt_mask, position_ids=positions, **options).logits[:, -1:]
     assert cache.get_seq_length() == prompt_ids.shape[1], "past_key_values was not filled: take transformers below 5.40"
     cache.batch_repeat_interleave(k)  # rows of one prompt are neighbours
-    mask = prompt_mask.repeat_interleave(k, 0)
-    return cache, logits.repeat_interleave(k, 0), mask, mask.sum(1, keepdim=True)
+    return cache, logits.repeat_interleave(k, 0), (mask := prompt_mask.repeat_interleave(k, 0)), mask.sum(1)[:, None]
 
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, k, uniforms, temperature, eos_token_id) -> torch.Tensor:
@@ -238,7 +237,8 @@ def sample_responses(args, accelerator, model, tokenizer, rows, k, uniforms):
         response_ids = generate(model, prompt_ids, prompt_mask, k, uniforms.to(device), args.temperature, eos_token_id)
     response_mask = completion_mask(response_ids, eos_token_id)
     responses = [row[:length] for row, length in zip(response_ids.tolist(), response_mask.sum(1).tolist())]
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    text = lambda i, ids: tokenizer.decode(rows[i // k]["ids"][-1:] + ids, skip_special_tokens=True)
+    texts = [text(i, ids)[len(text(i, [])):] for i, ids in enumerate(responses)]  # some tokenizers drop a first space
     return (prompt_ids, prompt_mask, response_ids, response_mask), responses, texts
 
 def completion_mask(response_ids, eos_token_id) -> torch.Tensor:
@@ -349,9 +349,9 @@ def main(args: Args) -> None:
     scorers = {name: make_scorer(flag, spec, device) for name, (flag, spec) in specs.items() if spec}
     options = {"dtype": torch.float32, "attn_implementation": None if cuda else "eager"}  # on CPU sdpa trains slowly
     model = load(transformers.AutoModelForCausalLM, args.model, **options).eval()  # eval: no dropout
-    eos = model.generation_config.eos_token_id  # chat models may have several
-    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    model.generation_config.update(eos_token_id=list(eos), do_sample=True)  # sampled: else saving rejects temperature
+    eos = {tokenizer.eos_token_id, *(x if type(x := model.generation_config.eos_token_id) is list else [x])} - {None}
+    model.generation_config = transformers.GenerationConfig(  # as it samples here; chat models may have several EOS
+        eos_token_id=list(eos), bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True)
     reference = copy.deepcopy(model).requires_grad_(False)
     for linear in (x for x in reference.modules() if bf16 and isinstance(x, torch.nn.Linear)):
         linear.weight = torch.nn.Parameter(linear.weight.bfloat16(), requires_grad=False)  # autocast's cast, done once
@@ -441,7 +441,7 @@ def main(args: Args) -> None:
             writer and writer.flush()  # its thread would lose the last ones at exit
     except SystemExit as error:  # a scorer or a gradient failed: finite weights, perhaps of half a step, are kept
         path = output_dir / f"checkpoint-{done}"
-        path.exists() or writer and save_as(path.name), f"{error}"[:5] == "step " and accelerator.wait_for_everyone()
+        path.exists() or writer and save_as(path.name), writer or time.sleep(300)  # the launcher stops all if one ends
         sys.exit(f"{error}" + f"; the weights so far: --resume {path}" * path.exists())
     accelerator.print(report(evaluations, held_out) if evaluations else "")
     writer and not (output_dir / "final").exists() and sys.exit(f"--output-dir: no {output_dir}/final, see above")

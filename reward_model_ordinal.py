@@ -171,7 +171,7 @@ def sample_pairs(args, accelerator) -> list[dict]:
             inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, padding=True, return_dict=True,
                                                    return_tensors="pt").to(accelerator.device)
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
+            policy.config.use_cache, positions = True, (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
             cache = policy.base_model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions).past_key_values
             cache.batch_repeat_interleave(args.k)  # a prompt runs once for its k answers
             ids, mask = ids.repeat_interleave(args.k, 0), mask.repeat_interleave(args.k, 0)

@@ -15,13 +15,16 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import tyro
-from conftest import byte_tokenizer, grad_norm, tiny_llama
+from conftest import byte_tokenizer, grad_norm, run_script, tiny_llama
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, pipeline
 
+import ppo
+import reinforce
 import rloo
 
 try:
@@ -341,7 +344,7 @@ def refused(run, capsys, *flags):
     (["--dataset", "EMPTY"], "--dataset"),
     (["--dataset", "DATA"], "--dataset: only 3 prompts"),
     (["--dataset", "DATA", "--dataset-split", "nope"], "--dataset-split"),
-    (["--max-prompt-length", 2], "only 0 prompts fit --max-prompt-length"),
+    (["--max-prompt-length", 2], "too few fit --max-prompt-length: 0 to train on, 0 held out"),
     (["--reward", "missing.py:f"], "--reward missing.py:f"),
     (["--reward", "REWARD:nothing"], "KeyError('nothing')"),
     (["--reward", "REWARD"], "cannot be loaded as path/file.py:function: KeyError('')"),
@@ -439,13 +442,58 @@ def test_a_full_disk_costs_no_evaluation_and_leaves_no_half_checkpoint(run, caps
     assert not [p for p in (tmp_path / "o").iterdir() if p.is_dir()]
 
 
-def test_a_config_that_transformers_would_refuse_to_save_is_saved(run, tiny_flags, tmp_path):
-    """Llama-2 has temperature and top_p without do_sample, which save_pretrained rejects once anything is changed."""
+@pytest.mark.parametrize("config", [{"temperature": 0.9, "top_p": 0.6}, {"pad_token_id": -1}, {"early_stopping": True}])
+@pytest.mark.parametrize("script", [rloo, reinforce, ppo])
+def test_a_config_that_transformers_would_refuse_to_save_is_saved(script, config, tiny_flags, tmp_path):
+    """Llama-2 has temperature and top_p without do_sample, older Llamas a padding token of -1."""
     tiny_llama().save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
-    (tmp_path / "m/generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.9, "top_p": 0.6}')
-    run(*tiny_flags, "--model", tmp_path / "m", "--total-steps", 1, "--eval-prompts", 0, "--output-dir", tmp_path / "o")
-    assert (tmp_path / "o/final/generation_config.json").exists()
+    (tmp_path / "m/generation_config.json").write_text(json.dumps({"eos_token_id": [1, 9], **config}))
+    run_script(script, *tiny_flags, "--model", tmp_path / "m", "--total-steps", 1, "--eval-prompts", 0, "--output-dir", tmp_path / "o")
+    saved = json.loads((tmp_path / "o/final/generation_config.json").read_text())
+    assert sorted(saved["eos_token_id"]) == [1, 9] and saved["do_sample"] and not saved.keys() & {"temperature", "top_p", "early_stopping"}
+
+
+@pytest.mark.parametrize("script", [rloo, reinforce, ppo])
+def test_a_scorer_sees_the_space_between_prompt_and_response(script, tiny_flags, tmp_path, write_jsonl):
+    """Llama's tokenizer has it in the token, "\u2581word", and drops it where a text begins with one."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocab = {"<s>": 0, "</s>": 1, "\u2581": 2, **{c: i for i, c in enumerate([*letters, *("\u2581" + c for c in letters)], 3)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    steps = [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = tokenizers.decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    assert tokenizer.decode([30, 4]) == "bb" and tokenizer.decode([3, 30, 4]) == "a bb"
+    tiny_llama(len(vocab)).save_pretrained(tmp_path / "m"), tokenizer.save_pretrained(tmp_path / "m")
+    seen = tmp_path / "seen.jsonl"
+    (tmp_path / "r.py").write_text(f"""import json
+def score(prompts, completions, **columns):
+    open({str(seen)!r}, "a").writelines(json.dumps(x) + "\\n" for x in completions)
+    return [float(len(x)) for x in completions]""")
+    data = write_jsonl([{"prompt": 2 * x} for x in letters])
+    run_script(script, *tiny_flags, "--model", tmp_path / "m", "--dataset", data, "--reward", f"{tmp_path}/r.py:score", "--total-steps", 2,
+               "--eval-prompts", 4, "--output-dir", tmp_path / "o")
+    texts = [json.loads(line) for line in seen.read_text().splitlines()]
+    begins = sum(text.startswith(" ") for text in texts)
+    assert len(texts) == 4 + 2 * 16 + 4 and 0 < begins < len(texts)
+
+
+def test_a_scorer_that_fails_in_every_process_leaves_the_weights(tiny_flags, tmp_path):
+    """They fail at different moments, and the launcher stops all when one ends."""
+    (tmp_path / "r.py").write_text("""import os, time
+calls = []
+def score(prompts, completions, **columns):
+    calls.append(1)
+    if len(calls) == 2:
+        time.sleep(2 * (os.environ["RANK"] == "0"))
+        raise ConnectionError("service down")
+    return [float(len(x)) for x in completions]""")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29900 + os.getpid() % 500)
+    result = cli(*tiny_flags, "--reward", f"{tmp_path}/r.py:score", "--eval-prompts", 0, "--output-dir", tmp_path / "o",
+                 launcher=launcher, env={"ACCELERATE_USE_CPU": "true"}, timeout=120)
+    assert result.returncode and "service down" in result.stderr
+    assert (tmp_path / "o/checkpoint-1/trainer_state.pt").exists() and not list((tmp_path / "o").glob(".new*"))
 
 
 def test_a_data_file_beside_a_copy_of_the_script(run, tiny_flags, tmp_path, write_jsonl, monkeypatch):
