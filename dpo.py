@@ -365,8 +365,8 @@ def main(args: Args) -> None:
     judge = make_judge("--reward", args.reward)
     model = load(transformers.AutoModelForCausalLM, args.model, dtype=torch.float32).eval()  # eval: no dropout
     eos = {tokenizer.eos_token_id, *(x if type(x := model.generation_config.eos_token_id) is list else [x])} - {None}
-    model.generation_config = transformers.GenerationConfig(  # as it samples here; chat models may have several EOS
-        eos_token_id=list(eos), bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True)
+    model.generation_config = transformers.GenerationConfig(bos_token_id=tokenizer.bos_token_id, do_sample=True,
+        eos_token_id=list(eos), pad_token_id=tokenizer.pad_token_id)  # as it samples here; models may have several EOS
     local_policy, done, evaluations, pairs = AnswerLogps(model), 0, {}, {}
     policy = accelerator.prepare(local_policy)
     reference = copy.deepcopy(model).requires_grad_(False)

@@ -110,7 +110,7 @@ def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict], int]:
     held_out = rows[max(0, len(rows) - args.eval_prompts):]
     train = [row for row in rows[:-args.eval_prompts or None] if row["text"] not in [x["text"] for x in held_out]]
     if len(train) < args.prompts_per_step * (not args.eval_only) or len(held_out) < args.eval_only:
-        sys.exit(f"--dataset: too few fit --max-prompt-length: {len(train)} to train on, {len(held_out)} held out")
+        sys.exit(f"--dataset: only {len(rows)} prompts fit --max-prompt-length; --eval-prompts and a step need more")
     return train, held_out, len(data) - len(train + held_out)
 
 def random_stream(*key: int) -> torch.Generator:
@@ -350,8 +350,8 @@ def main(args: Args) -> None:
     options = {"dtype": torch.float32, "attn_implementation": None if cuda else "eager"}  # on CPU sdpa trains slowly
     model = load(transformers.AutoModelForCausalLM, args.model, **options).eval()  # eval: no dropout
     eos = {tokenizer.eos_token_id, *(x if type(x := model.generation_config.eos_token_id) is list else [x])} - {None}
-    model.generation_config = transformers.GenerationConfig(  # as it samples here; chat models may have several EOS
-        eos_token_id=list(eos), bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True)
+    model.generation_config = transformers.GenerationConfig(bos_token_id=tokenizer.bos_token_id, do_sample=True,
+        eos_token_id=list(eos), pad_token_id=tokenizer.pad_token_id)  # as it samples here; models may have several EOS
     reference = copy.deepcopy(model).requires_grad_(False)
     for linear in (x for x in reference.modules() if bf16 and isinstance(x, torch.nn.Linear)):
         linear.weight = torch.nn.Parameter(linear.weight.bfloat16(), requires_grad=False)  # autocast's cast, done once

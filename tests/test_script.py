@@ -344,7 +344,7 @@ def refused(run, capsys, *flags):
     (["--dataset", "EMPTY"], "--dataset"),
     (["--dataset", "DATA"], "--dataset: only 3 prompts"),
     (["--dataset", "DATA", "--dataset-split", "nope"], "--dataset-split"),
-    (["--max-prompt-length", 2], "too few fit --max-prompt-length: 0 to train on, 0 held out"),
+    (["--max-prompt-length", 2], "only 0 prompts fit --max-prompt-length"),
     (["--reward", "missing.py:f"], "--reward missing.py:f"),
     (["--reward", "REWARD:nothing"], "KeyError('nothing')"),
     (["--reward", "REWARD"], "cannot be loaded as path/file.py:function: KeyError('')"),
