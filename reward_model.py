@@ -11,8 +11,7 @@ The score r of an answer is read at the EOS that ends it. Of a chosen answer w a
     P(w > l) = sigmoid(r_w - r_l)
     loss     = mean over pairs of  - log P(w > l) + center_coef * (r_w + r_l)^2
 A pair tells only differences; the second term keeps the scores around 0 (Eisenstein et al. 2023, arXiv 2312.09244).
-All pairs of a prompt stay in one batch, and an answer runs once for all of its pairs: k ranked answers give
-k(k-1)/2 pairs (InstructGPT, arXiv 2203.02155, section 3.5; there each prompt weighs the same, here each pair).
+An answer runs once for all of its pairs: k ranked ones give k(k-1)/2 (InstructGPT, arXiv 2203.02155, section 3.5).
     accelerate launch reward_model.py                         # SmolLM2's own answers, ranked by VADER; offline
     accelerate launch reward_model.py --dataset pairs.jsonl --chat --prompts-per-step 16 --learning-rate 5e-5
     accelerate launch rloo.py --reward runs/reward_model__1__1767225600/final --eval-reward vader
@@ -327,6 +326,7 @@ def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
 def main(args: Args) -> None:
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # bf16 on CPUs: a kernel of 1 MB for every length
     cuda = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16

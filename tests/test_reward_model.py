@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_math import left_pad
 
+import dpo
 import reward_model
 import reward_model_ordinal
 import rloo
@@ -426,6 +427,19 @@ def test_resume_is_bit_exact(finished, tmp_path):
     assert table(resumed, "trained") == table(stdout, "trained")
     assert "\nstep 20 " in resumed and "\nbefore " not in resumed
     assert torch.load(out / "final/trainer_state.pt", weights_only=True)["step"] == 30
+
+
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_bf16", False), reason="oneDNN multiplies matrices in bf16 only here")
+@pytest.mark.parametrize("script", [*SCRIPTS, dpo], ids=lambda script: script.__name__)
+def test_few_kernels_are_kept(script, tiny, tmp_path):
+    """Texts of 20 lengths need more than 256 kernels and fewer than oneDNN's own 1024, so a second epoch has to make some again."""
+    data = write(tmp_path / "d.jsonl", [{"prompt": "x" * (20 + 5 * n), "chosen": "a" * (20 + 3 * n), "rejected": "b" * (21 + 3 * n)} for n in range(20)])
+    result = cli(script, "--precision", "bf16", "--eval-prompts", 0, "--prompts-per-step", 1, "--micro-batch-size", 1, "--model", tiny,
+                 "--dataset", data, "--total-steps", 40, "--output-dir", tmp_path / "o",
+                 env={"ONEDNN_VERBOSE": "profile_create", "ACCELERATE_USE_CPU": "true"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    made = [line.rpartition(",")[0] for line in result.stdout.splitlines() if "create:cache_miss" in line]  # without the time
+    assert 256 < len(set(made)) < 1024 and len(made) > len(set(made))
 
 
 @both
