@@ -340,7 +340,7 @@ def main(args: Args) -> None:
     0 <= args.label_smoothing < 0.5 or sys.exit(f"--label-smoothing {args.label_smoothing}: must be 0 to under 0.5")
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # bf16 on CPUs: a kernel of 1 MB for every length
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # oneDNN keeps 1024, 1 MB each, new at every length
     cuda = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
