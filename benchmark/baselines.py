@@ -18,7 +18,6 @@ from pathlib import Path
 
 import accelerate
 import torch
-import transformers
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,25 +32,22 @@ def variances(scores):
 
 def main():
     args = tyro.cli(rloo.Args)
-    capable = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    precision = "bf16" if args.precision == "bf16" or args.precision == "auto" and capable else "no"
-    accelerator = accelerate.Accelerator(mixed_precision=precision)
-    tokenizer = rloo.load(transformers.AutoTokenizer, args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    rows, *_ = rloo.load_prompts(args, tokenizer)
-    judge = rloo.make_scorer("--reward", args.reward, accelerator.device)
-    model = rloo.load(transformers.AutoModelForCausalLM, args.model, dtype=torch.float32).to(accelerator.device).eval()
-    eos = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = list({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
-    uniforms = torch.rand(len(rows), args.k, args.max_new_tokens, generator=torch.Generator().manual_seed(args.seed))
+    accelerator = accelerate.Accelerator(mixed_precision=rloo.machine_settings(args.precision))
+    model, tokenizer = rloo.load_model(args.model)
+    model.to(accelerator.device)
+    prompts, _ = rloo.load_prompts(args, tokenizer)
+    judge = rloo.load_scorer("--reward", args.reward, accelerator)
+    uniforms = torch.rand(len(prompts), args.k, args.max_new_tokens, generator=torch.Generator().manual_seed(args.seed))
     scores = []
-    for i in accelerate.utils.tqdm(range(0, len(rows), 16)):
-        batch = rows[i:i + 16]
-        _, _, texts = rloo.sample_responses(args, accelerator, model, tokenizer, batch, args.k, uniforms[i:i + 16].flatten(0, 1))
-        scores += judge([row for row in batch for _ in range(args.k)], texts)
-    scores = torch.tensor(scores).view(-1, args.k)
+    for i in accelerate.utils.tqdm(range(0, len(prompts), 16)):
+        batch = prompts[i:i + 16]
+        _, texts = rloo.sample(args, accelerator, model, tokenizer, batch, args.k, uniforms[i:i + 16].flatten(0, 1))
+        scores.append(rloo.score_texts(judge, [prompt for prompt in batch for _ in range(args.k)], texts))
+    scores = torch.cat(scores).view(-1, args.k)
+    if not scores.isfinite().all():
+        sys.exit(f"--reward {args.reward}: failed, or gave a score that is not finite")
     within, between = variances(scores)
-    print(f"{len(rows)} prompts x {args.k}: variance within prompts {within:.3f}, between {between:.3f}, "
+    print(f"{len(prompts)} prompts x {args.k}: variance within prompts {within:.3f}, between {between:.3f}, "
           f"share between {between / (within + between):.2f}")
     print(f"mean squared advantage: no baseline {scores.square().mean():.3f}, a constant {within + between:.3f}, "
           + ", ".join(f"leave-one-out of {k} {within * k / (k - 1):.3f}" for k in (2, 4, 8)))

@@ -9,13 +9,15 @@
 
 Folders are named as seeds.py does, {name}{seed} or {name}_{seed}; those of one name are one row and one color. The picture has each
 run thin and their mean thick, in a band of a standard deviation: score of the training batches over sampled responses; held-out score over
-KL, a path from the SFT model to the trained one; and what the text becomes, distinct-2 and repetition. objective is the score less
+KL, a path from the SFT model to the trained one; and what the text becomes, distinct-2 and repetition, of the runs that log them (rloo.py
+does not; a column of the table is there where all runs have it). objective is the score less
 --kl-coef times the KL: what the RL scripts maximise with that coefficient, and one number for runs that end at different KLs. A run of
 dpo.py samples once, before it trains: its responses are those of its pairs, and its last values stand there.
 """
 import argparse
 import csv
 import itertools
+import json
 import re
 import statistics
 from pathlib import Path
@@ -25,11 +27,18 @@ from seeds import read_events
 COLUMNS = ("score", "gold", "kl", "objective", "response_length", "eos_rate", "distinct_2", "repetition")
 
 
+def read_flags(text):
+    """{flag: value, as a string}: the scripts write a table, rloo.py a block of JSON."""
+    if text.startswith("```"):
+        return {name: str(value) for name, value in json.loads(text.strip("`\n")).items()}
+    return dict(re.findall(r"^\|(\w+)\|(.*)\|$", text, re.M))
+
+
 def read(folder):
     """(flags, {tag: [(step, value)]}, seconds from the first event to the last, last report) of a run."""
     events, scalars = read_events(folder)
     text = events.Tensors("args/text_summary")[0]
-    flags = dict(re.findall(r"^\|(\w+)\|(.*)\|$", text.tensor_proto.string_val[0].decode(), re.M))
+    flags = read_flags(text.tensor_proto.string_val[0].decode())
     seconds = max(events.Scalars(tag)[-1].wall_time for tag in scalars) - text.wall_time
     return flags, scalars, seconds, events.Tensors("eval/samples/text_summary")[-1].tensor_proto.string_val[0].decode()
 
@@ -60,28 +69,33 @@ def draw(groups, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
-    (training, frontier), texts = axes
+    log_texts = any("eval/distinct_2" in scalars for runs in groups.values() for _, scalars, *_ in runs.values())
+    texts = ("distinct_2", "repetition") if log_texts else ()
+    panels = ("training", "frontier", *texts)
+    figure, axes = plt.subplots(len(panels) // 2, 2, figsize=(12, 2 * len(panels)), constrained_layout=True)
+    axes = dict(zip(panels, axes.flat))
+    training, frontier = axes["training"], axes["frontier"]
     for color, (name, runs) in zip(itertools.cycle(plt.cm.tab10.colors), groups.items()):
         label = name + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
-        lines = {"training": [], "frontier": [], "distinct_2": [], "repetition": []}
+        lines = {panel: [] for panel in panels}
         for flags, scalars, *_ in runs.values():
             seen = lambda points: [responses(flags, step) for step, _ in points]
-            held_out = {tag: [value for _, value in scalars[f"eval/{tag}"]] for tag in ("score", "kl", "distinct_2", "repetition")}
+            held_out = {tag: [value for _, value in scalars[f"eval/{tag}"]] for tag in ("score", "kl", *texts) if f"eval/{tag}" in scalars}
             curve = scalars.get("objective/scores", scalars["eval/score"])
             last = 5 if "objective/scores" in scalars else 1
             lines["training"].append((seen(curve), [statistics.mean(value for _, value in curve[max(0, i - last):i]) for i in range(1, len(curve) + 1)]))
             lines["frontier"].append((held_out["kl"], held_out["score"]))
             frontier.plot(held_out["kl"][-1], held_out["score"][-1], "o", color=color, markersize=4)
-            for tag in ("distinct_2", "repetition"):
+            for tag in held_out.keys() & set(texts):
                 lines[tag].append((seen(scalars["eval/score"]), held_out[tag]))
-        for axis, (panel, runs_of_panel) in zip(axes.flat, lines.items()):
-            plot(axis, runs_of_panel, color, label, band=panel != "frontier")
+        for panel, runs_of_panel in lines.items():
+            if runs_of_panel:
+                plot(axes[panel], runs_of_panel, color, label, band=panel != "frontier")
     training.set(xlabel="sampled responses", ylabel="score, training batches (mean of the last 5 steps)\n(dpo.py has none: held-out prompts)")
     frontier.set(xlabel="KL from the reference, nats a response", ylabel="score, held-out prompts")
-    for axis, name in zip(texts, ("distinct-2", "repetition")):
-        axis.set(xlabel="sampled responses", ylabel=f"{name}, held-out prompts")
-    for axis in axes.flat:
+    for tag in texts:
+        axes[tag].set(xlabel="sampled responses", ylabel=f"{tag.replace('_', '-')}, held-out prompts")
+    for axis in axes.values():
         axis.grid(alpha=0.3)
     frontier.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -115,7 +129,7 @@ def main():
                                   if (x := [row[i] for row in rows]) else "")
         print(f"{name:24}{len(runs):6}{rows[0][0]:10}{cell(1, 0):>14}" + "".join(f"{cell(3 + 2 * i, 3):>18}" for i in range(len(present))))
     for name, runs in groups.items():
-        sample = min(runs.items())[1][3].split("prompt  ")[1].splitlines()  # of the first seed, the first prompt of its report
+        sample = min(runs.items())[1][3].strip("`\n").split("prompt  ")[1].splitlines()  # of the first seed, the first prompt of its report
         print(f"\n{name:24}" + sample[0].strip(), *(line.strip() for line in sample[1:] if line.strip()), sep=f"\n{'':24}")
     if args.save:
         with open(args.save.with_suffix(".csv"), "w", newline="") as file:

@@ -17,13 +17,15 @@ from pathlib import Path
 
 from compare import read
 
+COLUMNS = ("kl", "score", "distinct_2", "repetition")  # those that all the runs have
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--save", type=Path, required=True)
     args = parser.parse_args()
-    points, befores, rows = {}, [], []
+    points, befores, ends = {}, [], []
     for folder in args.folders:
         match = re.fullmatch(r"([a-z]+)_(.*)_(\d+)", folder.name)
         if not match or not (folder / "final").exists():
@@ -31,12 +33,14 @@ def main():
             continue
         script, setting, seed = match.groups()
         scalars = read(folder)[1]
-        before, after = ([scalars[f"eval/{tag}"][i][1] for tag in ("kl", "score", "distinct_2", "repetition")] for i in (0, -1))
+        before, after = ({tag: scalars[f"eval/{tag}"][i][1] for tag in COLUMNS if f"eval/{tag}" in scalars} for i in (0, -1))
         name = f"{script}.py, " + re.sub(r"\d[\d.e-]*", " ", setting, count=1).strip()  # the first number is what a line varies
-        points.setdefault(name, {}).setdefault(setting, []).append(after[:2])
-        befores.append(before[:2])
-        rows.append((script, setting, seed, *(round(x, 4) for x in after)))
-    header = ("script", "setting", "seed", "kl", "score", "distinct_2", "repetition")
+        points.setdefault(name, {}).setdefault(setting, []).append((after["kl"], after["score"]))
+        befores.append((before["kl"], before["score"]))
+        ends.append((script, setting, seed, after))
+    present = [tag for tag in COLUMNS if all(tag in after for *_, after in ends)]
+    header = ("script", "setting", "seed", *present)
+    rows = [(*name, *(round(after[tag], 4) for tag in present)) for *name, after in ends]
     rows.sort(key=lambda row: (row[0], row[3]))  # by KL
     for row in (header, *rows):
         print("".join(f"{value:>12}" for value in row))

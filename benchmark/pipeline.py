@@ -61,7 +61,7 @@ def main():
         run("rloo.py", policy, "--seed", args.seed, "--reward", str(model / "final"), "--eval-reward", "vader", "--eval-every", "5", *flags)
         curves[kind] = read_events(policy)[1]
         print(f"\n{kind}: held-out accuracy {read_events(model)[1]['eval/accuracies'][-1][1]:.3f}")
-        for tag in ("eval/score", "eval/gold", "eval/kl", "eval/distinct_2"):
+        for tag in filter(curves[kind].get, ("eval/score", "eval/gold", "eval/kl", "eval/distinct_2")):  # the last: of older runs
             print(f"{tag:18}" + " ".join(f"{value:8.3f}" for _, value in curves[kind][tag]))
     if args.picture:
         draw(curves, args.picture)

@@ -67,7 +67,7 @@ def main():
             subprocess.run(command, check=True)
             print(f"seed {seed}: {time.time() - begin:.0f} s")
         runs[seed] = read_events(folder)[1]
-    tags = [tag for tag in next(iter(runs.values())) if tag.startswith("eval/")]
+    tags = [tag for tag in next(iter(runs.values())) if tag.startswith("eval/") and all(tag in run for run in runs.values())]
     print(f"{'held-out':24}{'before':>18}{'after':>18}   after, seed by seed")
     for tag in tags:
         before, after = ([run[tag][i][1] for run in runs.values()] for i in (0, -1))

@@ -161,14 +161,10 @@ def main():
     flags.gpu = gpu_name()
     if flags.model == "smollm2":  # TRL loads its reference by path, so both sides get a plain directory
         sys.path.insert(0, str(ROOT))
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         import rloo
         flags.model = tempfile.mkdtemp()
-        tokenizer = rloo.load(AutoTokenizer, "smollm2")
-        tokenizer.eos_token = "<|im_end|>"  # as in the scripts
-        tokenizer.save_pretrained(flags.model)
-        rloo.load(AutoModelForCausalLM, "smollm2").save_pretrained(flags.model)
+        for part in rloo.load_model("smollm2"):  # the model and its tokenizer
+            part.save_pretrained(flags.model)
     if flags.task in PAIRS:
         flags.dataset = write_pairs(flags, Path(tempfile.mkdtemp(), "pairs.jsonl"))
     sides = (f"{flags.task}.py", "rloo.py" if flags.task == "ppo" else "TRL")

@@ -1,7 +1,9 @@
 """Tiny models on disk, and rloo.py's main run in this process."""
 import json
 import os
+import signal
 import sys
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest runs two processes (pyproject.toml), and cores that are fought for cost tenfold:
@@ -23,14 +25,15 @@ TEMPLATE = ("{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + 
             "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}")
 
 
-def byte_tokenizer(chat_template=TEMPLATE, begin=False, **special):
-    """One token a byte, and <s>, </s>; by default the pad token is the EOS, as in SmolLM2. begin: a text gets a BOS, as in Llama."""
+def byte_tokenizer(chat_template=TEMPLATE, begin=False, end=False, **special):
+    """One token a byte, and <s>, </s>; by default the pad token is the EOS, as in SmolLM2. begin, end: a text gets a BOS, an EOS."""
     vocab = {"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if begin:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    if begin or end:
+        single = "<s> " * begin + "$A" + " </s>" * end
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", **special}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{k: v for k, v in special.items() if v})
     tokenizer.chat_template = chat_template
@@ -73,15 +76,33 @@ def tiny_flags(tiny, tmp_path_factory):
     return [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
+def forget_reward_files():
+    """As a new process would: reward files of two tests may have the same name."""
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(tempfile.gettempdir()):
+            del sys.modules[name]
+    sys.path[:] = [path for path in sys.path if not path.startswith(tempfile.gettempdir())]
+
+
+@pytest.fixture(autouse=True)
+def no_reward_files_stay():
+    yield
+    forget_reward_files()
+
+
 def run_script(script, *flags):
     """A script's main with these flags, in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     argv, sys.argv = sys.argv, [script.__file__, *map(str, flags)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return script.main(script.parse_args())
     finally:
         sys.argv = argv
+        forget_reward_files()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def grad_norm(out):

@@ -64,12 +64,36 @@ def test_the_same_random_numbers_sample_the_same_responses(make):
     uniforms, results = torch.rand(6, 12, generator=torch.Generator().manual_seed(0)), {}
     for device in ("cpu", "cuda"):
         inputs, model = (ids.to(device), mask.to(device)), make().to(device)
-        responses = rloo.generate(model, *inputs, 3, uniforms.to(device), 0.9, [1])
-        real = rloo.completion_mask(responses, [1])
-        logprobs = rloo.ResponseLogprobs(model)(*inputs, responses, real, 0.9)
+        responses = ppo.generate(model, *inputs, 3, uniforms.to(device), 0.9, [1])
+        real = ppo.completion_mask(responses, [1])
+        logprobs = reinforce.ResponseLogprobs(model)(*inputs, responses, real, 0.9)
+        assert torch.allclose(ppo.TokenOutputs(model)(*inputs, responses, real, 0.9), logprobs, atol=1e-5)
         results[device] = (responses * real).cpu(), logprobs.detach().cpu()
     assert torch.equal(results["cpu"][0], results["cuda"][0])
     assert torch.allclose(results["cpu"][1], results["cuda"][1], atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_rloo_samples_the_same_responses_and_its_rows_have_the_log_probabilities_and_gradients_of_the_cpu(make):
+    prompts, uniforms, results = [[7, 8], [9, 10, 11, 12]], torch.rand(6, 12, generator=torch.Generator().manual_seed(0)), {}
+    for device in ("cpu", "cuda"):
+        model = make().to(device)
+        model.generation_config.eos_token_id = [1, *range(60, 90)]  # some end early
+        responses = rloo.generate(model, prompts, 3, uniforms, 0.9)
+        net = rloo.ResponseLogprobs(model)
+        for length in (1024, 8):  # all responses of a prompt in one row, and prompts that begin further rows
+            rows = rloo.make_rows(prompts, [responses[:3], responses[3:]], device, length)
+            logprobs = net(rows, 0.9)
+            net.zero_grad()
+            rloo.policy_gradient_loss(logprobs, rows.response_mask, torch.arange(6.0, device=device) - 2).backward()
+            gradients = [p.grad.cpu().clone() for p in net.parameters()]
+            results[device, length] = responses, logprobs.detach().cpu(), gradients
+    assert len(set(map(len, responses))) > 1
+    for length in (1024, 8):
+        a, b = results["cpu", length], results["cuda", length]
+        assert a[0] == b[0] and torch.allclose(a[1], b[1], atol=1e-4)
+        for x, y in zip(a[2], b[2], strict=True):
+            assert torch.allclose(x, y, atol=1e-4 * (1 + x.abs().max()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

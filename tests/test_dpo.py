@@ -16,10 +16,10 @@ import torch
 from conftest import byte_tokenizer, grad_norm, run_script, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_math import left_pad, plain_logprobs
+from test_kv_cache import left_pad, plain_logprobs
 
 import dpo
-import rloo
+import ppo
 
 ONE, ZERO = torch.ones(1), torch.zeros(1)
 LOSSES = ["sigmoid", "ipo", "hinge", "robust", "simpo"]
@@ -156,8 +156,8 @@ def test_prefix_shared_is_plain_and_so_is_the_gradient(make):
         assert all((x - y).abs().max() < 1e-5 * max(1, x.abs().max()) for x, y in zip(a, b))
 
 
-def test_sampling_is_that_of_rloo_with_the_same_random_numbers():
-    """rloo.py's generate is tested against the exact distribution; prompts of different lengths, k of 1 and 3."""
+def test_sampling_is_that_of_ppo_with_the_same_random_numbers():
+    """ppo.py's generate is tested against the exact distribution; prompts of different lengths, k of 1 and 3."""
     tokenizer, rows = byte_tokenizer(), [dict(ids=[5, 9, 30, 7]), dict(ids=[8, 3])]
     accelerator, args = accelerate.Accelerator(cpu=True), dpo.Args(max_new_tokens=12, temperature=1.3)
     for make, k in ((tiny_llama, 1), (tiny_llama, 3), (tiny_gpt2, 3)):
@@ -168,8 +168,8 @@ def test_sampling_is_that_of_rloo_with_the_same_random_numbers():
         dpo.AnswerLogps(model)
         uniforms = torch.rand(2 * k, 12, generator=dpo.random_stream(7))
         answers = dpo.sample_answers(args, accelerator, model, tokenizer, rows, k, uniforms)
-        ids = rloo.generate(plain, *left_pad([row["ids"] for row in rows]), k, uniforms, 1.3, plain.generation_config.eos_token_id)
-        lengths = rloo.completion_mask(ids, plain.generation_config.eos_token_id).sum(1)
+        ids = ppo.generate(plain, *left_pad([row["ids"] for row in rows]), k, uniforms, 1.3, plain.generation_config.eos_token_id)
+        lengths = ppo.completion_mask(ids, plain.generation_config.eos_token_id).sum(1)
         assert answers == [row[:n].tolist() for row, n in zip(ids, lengths)] and len(set(lengths.tolist())) > 1
 
 

@@ -1,4 +1,4 @@
-"""PPO: what it does not share with rloo.py."""
+"""PPO: what it does not share with reinforce.py."""
 import os
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from conftest import byte_tokenizer, run_script, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_math import EOS, left_pad, plain_logprobs
+from test_kv_cache import EOS, left_pad, plain_logprobs
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 import ppo

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -19,9 +20,10 @@ from conftest import byte_tokenizer, tiny_gpt2, tiny_llama
 from conftest import run_script as run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_math import left_pad
+from test_kv_cache import left_pad
 
 import dpo
+import ppo
 import reward_model
 import reward_model_ordinal
 import rloo
@@ -381,7 +383,15 @@ def test_it_learns_and_shows_it(finished):
     assert [e.step for e in events.Scalars("eval/accuracies")] == [0, 10, 20, 30]
 
 
-def test_plain_transformers_and_rloo_give_the_same_scores(finished):
+def with_grades(folder, copied):
+    """The reward model as rloo.py takes it: of several labels only where its config says "ordinal", which today's reward_model_ordinal.py does not write."""
+    config = json.loads(Path(folder, "config.json").read_text())
+    shutil.copytree(folder, copied)
+    (copied / "config.json").write_text(json.dumps(config | {"ordinal": len(config["id2label"]) > 1}))
+    return str(copied)
+
+
+def test_plain_transformers_ppo_and_rloo_give_the_same_scores(finished, tmp_path):
     script, _, out, _ = finished
     folder = str(out / "final")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -396,15 +406,20 @@ def test_plain_transformers_and_rloo_give_the_same_scores(finished):
         assert all(text.endswith("</s>") and not text.endswith("</s></s>") for text in texts)
         batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
         assert torch.allclose(model(**batch).logits, ours, atol=1e-4)
-    score = rloo.make_scorer("--reward", folder, "cpu")
-    prompt = {"prompt": "Word?", "messages": chats[0][:1], "text": "", "columns": {}}
+    of_ppo = ppo.make_scorer("--reward", folder, "cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no")
+    of_rloo = rloo.load_scorer("--reward", with_grades(folder, tmp_path / "graded"), accelerator)
+    prompts = ({"prompt": "Word?", "messages": chats[0][:1], "text": "", "columns": {}}, rloo.Prompt([], chats[0][:1], {"prompts": "Word?"}))
     expected = ours[:, 0] if LABELS[script] == 1 else reward_model_ordinal.expected_score(ours)
-    assert score([prompt] * 3, ["aei", "kstmkstm", "a"]) == pytest.approx(expected.tolist(), abs=1e-4)
-    plain = {"prompt": "Word? ", "messages": None, "text": "Word? ", "columns": {}}
+    for score, prompt in zip((of_ppo, of_rloo), prompts):
+        assert score([prompt] * 3, ["aei", "kstmkstm", "a"]) == pytest.approx(expected.tolist(), abs=1e-4)
+    plain = ({"prompt": "Word? ", "messages": None, "text": "Word? ", "columns": {}}, rloo.Prompt([], None, {"prompts": "Word? "}))
     rows = [{"ids": [script.encode_answer(tokenizer, "Word? ", answer, False) for answer in ("aei", "k")], "pairs": []}]
     ours = script.AnswerLogits(copy.deepcopy(model))(*script.collate(rows, "cpu"))
     expected = ours[:, 0] if LABELS[script] == 1 else reward_model_ordinal.expected_score(ours)
-    assert score([plain] * 2, ["aei", "k"]) == pytest.approx(expected.tolist(), abs=1e-4)
+    for score, prompt in zip((of_ppo, of_rloo), plain):
+        assert score([prompt] * 2, ["aei", "k"]) == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("template, end", [("{{ messages[-1].content }}<|end|>\n", "<|end|></s>"), ("{{ messages[-1].content }}</s>\n\n", "hi</s>")])
@@ -487,7 +502,7 @@ def test_built_in_pairs(monkeypatch, tmp_path, script=reward_model):
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])  # GPT-2: absolute positions, under left padding
-def test_the_answers_of_the_built_in_pairs_are_those_of_rloos_sampler(make, monkeypatch, tmp_path, script=reward_model):
+def test_the_answers_of_the_built_in_pairs_are_those_of_ppos_sampler(make, monkeypatch, tmp_path, script=reward_model):
     """Two batches of prompts: the same random numbers give the same answers to the same prompts, and every two of them a pair."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -507,8 +522,8 @@ def test_the_answers_of_the_built_in_pairs_are_those_of_rloos_sampler(make, monk
         torch.manual_seed(script.random_stream(args.seed, 1, i).initial_seed())
         uniforms = torch.cat([torch.rand(len(batch) * 3, 1) for _ in range(8)], 1)
         ids = [tokenizer(f"<s>user:{prompt}</s><s>assistant:", add_special_tokens=False)["input_ids"] for prompt in batch]
-        answers = rloo.generate(model, *left_pad(ids), 3, uniforms, 1.3, model.generation_config.eos_token_id)
-        mask = rloo.completion_mask(answers, model.generation_config.eos_token_id)
+        answers = ppo.generate(model, *left_pad(ids), 3, uniforms, 1.3, model.generation_config.eos_token_id)
+        mask = ppo.completion_mask(answers, model.generation_config.eos_token_id)
         texts = tokenizer.batch_decode([row[:n].tolist() for row, n in zip(answers, mask.sum(1))], skip_special_tokens=True)
         assert len(set(mask.sum(1).tolist())) > 2
         for j, prompt in enumerate(batch):

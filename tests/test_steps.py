@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_math import plain_logprobs
+from test_kv_cache import plain_logprobs
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import ppo
@@ -52,10 +52,16 @@ def flags(tiny_with_stops, tmp_path):
 def sampled(monkeypatch):
     """What the scripts sampled: (rows, random numbers, responses) of each call."""
     calls = []
-    for script, name in ((reinforce, "sample_penalized"), (rloo, "sample_responses"), (ppo, "sample_responses")):
-        def record(*args, real=getattr(script, name)):
+    for script, name in ((reinforce, "sample_penalized"), (rloo, "sample"), (ppo, "sample_responses")):
+        def record(*args, real=getattr(script, name), script=script):
             result = real(*args)
-            calls.append((args[4], args[6], result[1]))
+            if script is rloo:
+                rows = [dict(ids=prompt.ids, prompt=prompt.columns["prompts"], columns=prompt.columns) for prompt in args[4]]
+                responses = [ids for group in result[0] for ids in group]
+            else:
+                rows, responses = args[4], result[1]
+            assert len(responses) == len(rows) * args[5] == len(args[6])
+            calls.append((rows, args[6], responses))
             return result
         monkeypatch.setattr(script, name, record)
     return calls
@@ -133,7 +139,9 @@ def test_the_gradient_of_a_step_is_that_of_the_formula_row_by_row(script, flags,
     for tag, value in {"scores": statistics.mean(score for *_, score in samples), "kl": statistics.mean(kl), "rlhf_reward": statistics.mean(rewards),
                        "entropy": -sum(x.sum().item() for x in logprobs) / tokens}.items():
         assert scalars(out, f"objective/{tag}")[1] == pytest.approx(value, rel=1e-4, abs=1e-4)
-    assert scalars(out, "val/eos_rate")[1] == pytest.approx(statistics.mean(ids[-1] in STOPS for _, ids, _ in samples), abs=1e-6)
+    assert scalars(out, "val/response_length")[1] == pytest.approx(tokens / len(samples), abs=1e-5)
+    if script is not rloo:  # which does not log it
+        assert scalars(out, "val/eos_rate")[1] == pytest.approx(statistics.mean(ids[-1] in STOPS for _, ids, _ in samples), abs=1e-6)
     assert sorted(json.loads((out / "final/generation_config.json").read_text())["eos_token_id"]) == STOPS
 
 
@@ -148,6 +156,7 @@ def test_held_out_score_and_kl_are_those_of_the_policy(script, flags, sampled, t
           for row, ids, _ in samples]
     assert scalars(out, "eval/kl") == pytest.approx([0, statistics.mean(kl)], rel=1e-4, abs=1e-5) and abs(statistics.mean(kl)) > 0.01
     assert scalars(out, "eval/score")[1] == pytest.approx(statistics.mean(score for *_, score in samples), rel=1e-5)
+    assert scalars(out, "eval/response_length")[1] == pytest.approx(statistics.mean(len(ids) for _, ids, _ in samples), rel=1e-5)
     assert torch.equal(sampled[-1][1], sampled[0][1])  # before and after: from the same random numbers
 
 

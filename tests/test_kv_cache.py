@@ -1,14 +1,14 @@
-"""The algorithm's functions: golden numbers, signs, the exact gradient, invariances, the sampling distribution."""
+"""What reinforce.py and ppo.py share, prompts run once through a KV cache: golden numbers, invariances, the sampling distribution."""
 import ast
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama
 
-import rloo
-from rloo import ResponseLogprobs, completion_mask, generate, rloo_advantages, rloo_loss, sequence_kl
+import ppo
+from ppo import completion_mask, generate, sequence_kl
+from reinforce import ResponseLogprobs, reinforce_loss
 
 EOS = 1
 
@@ -33,63 +33,9 @@ def test_completion_mask_keeps_the_first_eos_and_nothing_after():
     assert completion_mask(ids, [7, 6]).tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
 
 
-def test_advantages_golden():
-    assert torch.allclose(rloo_advantages(torch.tensor([1.0, 2, 5, 8]), 4), torch.tensor([-4, -8 / 3, 4 / 3, 16 / 3]))
-    two = rloo_advantages(torch.tensor([1.0, 2, 5, 8]), 2)  # rows of one prompt are neighbours
-    assert two.tolist() == [-1, 1, -3, 3]
-
-
-def test_advantages_are_leave_one_out_sum_to_zero_and_vanish_for_duplicates():
-    rewards = torch.randn(12, dtype=torch.float64)
-    advantages = rloo_advantages(rewards, 4)
-    for i in range(12):
-        others = [j for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i]
-        assert torch.isclose(advantages[i], rewards[i] - rewards[others].mean())
-    assert advantages.view(3, 4).sum(1).abs().max() < 1e-12
-    assert rloo_advantages(torch.full((8,), 0.7), 4).abs().max() < 1e-6
-
-
 def test_kl_golden():
     logprobs, ref = torch.tensor([[-1.0, -2, -9]]), torch.tensor([[-1.5, -1, 4]])
     assert sequence_kl(logprobs, ref, torch.tensor([[1, 1, 0]])).tolist() == [-0.5]
-
-
-def test_loss_is_minus_mean_advantage_and_its_gradient_is_reinforce():
-    logprobs = torch.randn(2, 3, requires_grad=True)
-    mask, advantages = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([2.0, -1.0])
-    loss = rloo_loss(logprobs, mask, advantages)
-    loss.backward()
-    assert loss.item() == pytest.approx(-0.5)
-    # -A/N on real tokens: a good response's tokens go up, a bad one's down, masked ones nowhere
-    assert torch.allclose(logprobs.grad, torch.tensor([[-1.0, -1, -1], [0.5, 0, 0]]))
-
-
-@pytest.mark.parametrize("k", [2, 3])
-def test_expected_gradient_is_that_of_the_exact_objective(k):
-    """All responses of a toy policy: E[grad of the RLOO loss] = -grad of E[score] - kl_coef * KL."""
-    model, ref = tiny_llama(vocab=4), tiny_llama(vocab=4, seed=1)
-    responses = [[EOS]] + [[a, EOS] for a in (0, 2, 3)] + [[a, b] for a in (0, 2, 3) for b in (0, 2, 3)]
-    ids = torch.tensor([r + [EOS] * (2 - len(r)) for r in responses])
-    mask = completion_mask(ids, EOS)
-    prompt_ids, prompt_mask = left_pad([[2, 3, 0]], extra=2)
-    scores, kl_coef = torch.randn(len(responses), dtype=torch.float64), 0.3
-    logprobs = ResponseLogprobs(model)(prompt_ids, prompt_mask, ids, mask, 1.0).double()
-    ref_logprobs = ResponseLogprobs(ref)(prompt_ids, prompt_mask, ids, mask, 1.0).double().detach()
-
-    log_p = (logprobs * mask).sum(1)
-    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-6)
-    objective = (log_p.exp() * (scores - kl_coef * (log_p - (ref_logprobs * mask).sum(1)))).sum()
-    exact = torch.autograd.grad(-objective, list(model.parameters()), retain_graph=True)
-
-    expected_loss, p = 0.0, log_p.detach().exp()
-    rewards = scores - kl_coef * sequence_kl(logprobs.detach(), ref_logprobs, mask)
-    for group in itertools.product(range(len(responses)), repeat=k):
-        g = list(group)
-        expected_loss += p[g].prod() * rloo_loss(logprobs[g], mask[g], rloo_advantages(rewards[g], k))
-    estimate = torch.autograd.grad(expected_loss, list(model.parameters()))
-    for a, b in zip(exact, estimate):
-        assert (a - b).abs().max() < 1e-5 * max(1, a.abs().max())
-    assert max(a.abs().max() for a in exact) > 1e-2
 
 
 def test_a_model_that_ignores_its_cache_is_refused():
@@ -98,7 +44,7 @@ def test_a_model_that_ignores_its_cache_is_refused():
     ignores = lambda ids, past_key_values, **options: model(ids, **options)
     ignores.config = model.config
     with pytest.raises(AssertionError, match="past_key_values"):
-        rloo.encode_prompts(ignores, *left_pad([[2, 3, 0]]), 2)
+        ppo.encode_prompts(ignores, *left_pad([[2, 3, 0]]), 2)
 
 
 PROMPTS = [[5, 9, 14], [7], [3, 4, 5, 6, 7, 8]]
@@ -151,7 +97,7 @@ def test_the_eos_is_trained_and_the_padding_is_not():
     ids, mask = response_tensors()
     logprobs = ResponseLogprobs(model)(*left_pad(PROMPTS), ids, mask, 1.0)
     logprobs.retain_grad()
-    rloo_loss(logprobs, mask, torch.tensor([1.0, 2, 3, 4, 5, 6])).backward()
+    reinforce_loss(logprobs, mask, torch.tensor([1.0, 2, 3, 4, 5, 6])).backward()
     assert (logprobs.grad[mask.bool()] != 0).all() and (logprobs.grad[~mask.bool()] == 0).all()
     assert logprobs.grad[3, 0] != 0 and logprobs.grad[3, 1:].abs().sum() == 0  # the response that is one EOS
 
@@ -208,24 +154,24 @@ def test_finished_rows_that_leave_the_batch_change_nothing(make):
 
 
 def test_text_statistics():
-    s = rloo.text_statistics([[5, 6, 5, 6, 5, 1], [7, 8]], [1])
+    s = ppo.text_statistics([[5, 6, 5, 6, 5, 1], [7, 8]], [1])
     # bigrams 56 65 56 65 51 | 78: 4 distinct of 6; trigrams 565 656 565 651: 3 distinct of 4 -> .25, and none -> 0
     assert s == {"response_length": 4, "eos_rate": 0.5, "distinct_2": 4 / 6, "repetition": 0.125}
 
 
 def test_random_streams_differ_by_key_and_repeat():
-    draw = lambda *key: torch.rand(3, generator=rloo.random_stream(*key)).tolist()
+    draw = lambda *key: torch.rand(3, generator=ppo.random_stream(*key)).tolist()
     assert draw(1, 3, 0) == draw(1, 3, 0)
     assert len({tuple(draw(seed, purpose, step)) for seed in (1, 2) for purpose in (0, 3) for step in (0, 1)}) == 8
 
 
 def test_the_same_name_has_the_same_text_in_every_script():
-    """So that what is proved of one copy is proved of all, packed_attention's sliding windows for instance."""
+    """So that what is proved of one copy is proved of all, packed_attention's sliding windows for instance. rloo.py's are others."""
     texts = {}
-    for script in ("reinforce", "rloo", "ppo", "dpo", "reward_model", "reward_model_ordinal"):
-        source = (Path(rloo.__file__).parent / f"{script}.py").read_text()
+    for script in ("reinforce", "ppo", "dpo", "reward_model", "reward_model_ordinal"):
+        source = (Path(ppo.__file__).parent / f"{script}.py").read_text()
         for node in ast.parse(source).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("Args", "main"):
                 texts.setdefault(node.name, []).append(ast.get_source_segment(source, node))
     shared = {name for name, copies in texts.items() if len(copies) > 1}
-    assert shared >= {"load", "save", "generate", "packed_attention"} and all(len(set(texts[name])) == 1 for name in shared)
+    assert shared >= {"load", "save", "encode_prompts", "packed_attention"} and all(len(set(texts[name])) == 1 for name in shared)
