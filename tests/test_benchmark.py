@@ -16,6 +16,7 @@ import torch.utils.tensorboard
 import tyro
 from conftest import run_script
 
+import reinforce
 import reward_model
 import rloo
 
@@ -32,8 +33,9 @@ import speed  # noqa: E402
 
 @pytest.fixture(scope="module")
 def runs(tiny, tiny_flags, tmp_path_factory):
-    """Two toy seeds of rloo.py, and a toy reward model with an RLOO run on it, in folders named as the commands name them."""
+    """Toy runs in folders named as the commands name them: two seeds of rloo.py, one of reinforce.py, which logs more; a reward model, RLOO on it."""
     out = tmp_path_factory.mktemp("runs")
+    run_script(reinforce, *tiny_flags, "--eval-reward", tiny_flags[1], "--output-dir", out / "reinforce1")
     for seed in (1, 2):
         run_script(rloo, *tiny_flags, "--eval-reward", tiny_flags[1], "--seed", seed, "--output-dir", out / f"rloo{seed}")
     pairs = out / "pairs.jsonl"
@@ -90,6 +92,24 @@ def test_compare_has_a_row_a_name_and_a_line_a_run(runs, monkeypatch, capsys, tm
     assert text.count("trained ") == 1  # an answer of the first seed
 
 
+LOGGED_BY_THE_OTHERS = ["eos_rate", "distinct_2", "repetition"]
+
+
+@pytest.mark.parametrize("names, columns, curves", [(["rloo1", "rloo2"], [], 2), (["reinforce1"], LOGGED_BY_THE_OTHERS, 4), (["reinforce1", "rloo1", "rloo2"], [], 6)])
+def test_compare_has_the_columns_of_all_and_the_curves_that_are_there(runs, names, columns, curves, monkeypatch, capsys, tmp_path):
+    drawn, real = [], compare.plot
+    monkeypatch.setattr(compare, "plot", lambda axis, *args, **options: drawn.append((axis, real(axis, *args, **options))))
+    text = main(compare, monkeypatch, capsys, *(runs / name for name in names), "--save", tmp_path / "c")
+    rows = list(csv.DictReader((tmp_path / "c.csv").open()))
+    assert [name for name in LOGGED_BY_THE_OTHERS if f"{name}_after" in rows[0]] == columns and all(name in text for name in columns)
+    assert len(rows) == len(names) and all(row["responses"] == str(4 * 4 * 4) for row in rows)
+    assert len(drawn) == curves and {axis for axis, _ in drawn} == set(drawn[0][0].figure.axes)  # no panel is empty
+    for row, name in zip(rows, names):
+        scalars = seeds.read_events(runs / name)[1]
+        for column in columns:
+            assert float(row[f"{column}_after"]) == pytest.approx(scalars[f"eval/{column}"][-1][1], abs=1e-4)
+
+
 def test_frontier_has_a_line_a_script_and_a_point_a_run(runs, monkeypatch, capsys, tmp_path):
     folders = [tmp_path / name for name in ("rloo_kl0.1_1", "rloo_kl0_1", "rloo_kl0_2", "dpo_beta1e-1_2")]
     for folder, run in zip(folders, (1, 2, 1, 1)):
@@ -101,15 +121,41 @@ def test_frontier_has_a_line_a_script_and_a_point_a_run(runs, monkeypatch, capsy
     expected = {("dpo", "beta1e-1", "2"): kl[0], ("rloo", "kl0.1", "1"): kl[0], ("rloo", "kl0", "1"): kl[1], ("rloo", "kl0", "2"): kl[0]}
     rows = list(csv.DictReader((tmp_path / "f.csv").open()))
     assert {(row["script"], row["setting"], row["seed"]): float(row["kl"]) for row in rows} == pytest.approx(expected, abs=1e-4)
+    assert list(rows[0]) == ["script", "setting", "seed", "kl", "score"]  # distinct_2 and repetition are not logged by rloo.py
     assert rows[0]["script"] == "dpo" and sorted(rows[1:], key=lambda row: float(row["kl"])) == rows[1:]
+
+
+def test_frontier_has_the_columns_that_all_runs_have(runs, monkeypatch, capsys, tmp_path):
+    for name in ("reinforce", "rloo"):
+        shutil.copytree(runs / f"{name}1", tmp_path / f"{name}_kl0.05_1")
+    for name, more in (("reinforce", ["distinct_2", "repetition"]), ("r*", [])):
+        main(frontier, monkeypatch, capsys, *sorted(tmp_path.glob(f"{name}_kl0.05_1")), "--save", tmp_path / "f")
+        rows = list(csv.DictReader((tmp_path / "f.csv").open()))
+        assert list(rows[0]) == ["script", "setting", "seed", "kl", "score", *more] and len(rows) == 2 - len(more) // 2
+        scalars = seeds.read_events(runs / "reinforce1")[1]
+        (row,) = [row for row in rows if row["script"] == "reinforce"]
+        for tag in ("kl", "score", *more):
+            assert float(row[tag]) == pytest.approx(scalars[f"eval/{tag}"][-1][1], abs=1e-4)
+
+
+def test_seeds_has_the_rows_that_all_seeds_have(runs, monkeypatch, capsys, tmp_path):
+    """A seed of the old rloo.py, which logged as reinforce.py does, beside one of today's."""
+    shutil.copytree(runs / "reinforce1", tmp_path / "rloo1"), shutil.copytree(runs / "rloo2", tmp_path / "rloo2")
+    text = main(seeds, monkeypatch, capsys, "rloo.py", "--seeds", 1, 2, "--out", tmp_path)
+    assert [line.split()[0] for line in text.splitlines()] == ["held-out", "score", "gold", "kl", "response_length"]
+    alone = main(seeds, monkeypatch, capsys, "rloo.py", "--seeds", 1, "--out", tmp_path)
+    assert {line.split()[0] for line in alone.splitlines()} > {"distinct_2", "repetition", "eos_rate"}
 
 
 def test_pipeline_prints_both_kinds_and_draws_them(runs, monkeypatch, capsys, tmp_path):
     text = main(pipeline, monkeypatch, capsys, "--out", runs, "--picture", tmp_path / "p.png")
     assert text.count("eval/gold") == text.count("held-out accuracy") == 2 and (tmp_path / "p.png").stat().st_size > 10_000
+    assert "distinct_2" not in text
+    shutil.rmtree(runs / "rloo_on_reward_model1"), shutil.copytree(runs / "reinforce1", runs / "rloo_on_reward_model1")  # as older runs are
+    assert main(pipeline, monkeypatch, capsys, "--out", runs).count("eval/distinct_2") == 1
 
 
-def test_variances_and_advantages_of_the_baselines(tiny_flags, monkeypatch, capsys):
+def test_variances_and_advantages_of_the_baselines(tiny_flags, monkeypatch, capsys, tmp_path):
     assert baselines.variances(torch.tensor([[0.0, 2], [4, 6]])) == (2.0, 7.0)  # means 1 and 5: 8, of which 2 / 2 is noise
     torch.manual_seed(0)
     scores = torch.randn(20000, 1) + 2 * torch.randn(20000, 4)
@@ -118,6 +164,9 @@ def test_variances_and_advantages_of_the_baselines(tiny_flags, monkeypatch, caps
     assert rloo.rloo_advantages(scores.flatten(), 4).square().mean() == pytest.approx(within * 4 / 3, rel=1e-4)
     text = main(baselines, monkeypatch, capsys, *tiny_flags)
     assert "x 4: variance within prompts" in text and "leave-one-out of 4" in text
+    (tmp_path / "fails.py").write_text("def score(**columns):\n    raise ConnectionError('service down')\n")
+    with pytest.raises(SystemExit, match="failed"):
+        main(baselines, monkeypatch, capsys, *tiny_flags, "--reward", f"{tmp_path}/fails.py:score")
 
 
 def test_bag_of_words_learns_a_word_and_reads_the_pairs_of_a_reward_model(tiny, monkeypatch, capsys, tmp_path):

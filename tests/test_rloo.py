@@ -13,7 +13,9 @@ EOS = 1
 
 
 def test_advantages_golden():
-    assert torch.allclose(rloo.rloo_advantages(torch.tensor([1.0, 2, 5, 8]), 4), torch.tensor([-4, -8 / 3, 4 / 3, 16 / 3]))
+    assert torch.allclose(
+        rloo.rloo_advantages(torch.tensor([1.0, 2, 5, 8]), 4), torch.tensor([-4, -8 / 3, 4 / 3, 16 / 3])
+    )
     two = rloo.rloo_advantages(torch.tensor([1.0, 2, 5, 8]), 2)  # responses to one prompt are neighbours
     assert two.tolist() == [-1, 1, -3, 3]
 
@@ -78,14 +80,18 @@ def test_generate_draws_from_the_models_distribution(temperature):
     model.generation_config.eos_token_id = [EOS]
     torch.manual_seed(0)
     prompt = [2, 3]
-    samples = rloo.generate(model, [prompt, [4, 3, 2, 0]], n, torch.rand(2 * n, 2), temperature)[:n]  # padded on the left
+    samples = rloo.generate(model, [prompt, [4, 3, 2, 0]], n, torch.rand(2 * n, 2), temperature)[
+        :n
+    ]  # padded on the left
     counts = {}
     for response in samples:
         counts[tuple(response)] = counts.get(tuple(response), 0) + 1
     outcomes = [(EOS,)] + [(a, b) for a in (0, 2, 3, 4, 5) for b in range(6)]
     assert counts.keys() <= set(outcomes)
     observed = torch.tensor([counts.get(outcome, 0) for outcome in outcomes]).double()
-    expected = torch.tensor([n * alone(model, prompt, list(x), temperature).sum().exp().item() for x in outcomes]).double()
+    expected = torch.tensor(
+        [n * alone(model, prompt, list(x), temperature).sum().exp().item() for x in outcomes]
+    ).double()
     assert expected.sum().item() == pytest.approx(n, rel=1e-4)
     common = expected >= 5  # the usual rule; the rare ones share a bin if that is large enough
     if expected[~common].sum() >= 5:
