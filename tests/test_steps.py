@@ -56,8 +56,9 @@ def sampled(monkeypatch):
         def record(*args, real=getattr(script, name), script=script):
             result = real(*args)
             if script is rloo:
+                assert [sample.prompt for sample in result] == list(args[4]) and {len(sample.responses) for sample in result} == {args[5]}
                 rows = [dict(ids=prompt.ids, prompt=prompt.columns["prompts"], columns=prompt.columns) for prompt in args[4]]
-                responses = [ids for group in result[0] for ids in group]
+                responses = [ids for sample in result for ids in sample.responses]
             else:
                 rows, responses = args[4], result[1]
             assert len(responses) == len(rows) * args[5] == len(args[6])
