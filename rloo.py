@@ -22,7 +22,8 @@ Ahmadian et al. 2024, Back to Basics, arXiv 2402.14740; the estimator is from Ko
     accelerate launch rloo.py --resume runs/rloo__1__1767225600123/checkpoint-20      # after --save-every 20
 
 The default run: 5 to 9 minutes on two CPU cores; the score of held-out prompts rises from 0.29 to 0.76.
-Left out on purpose: several updates per batch with a clipped ratio, LoRA, vLLM, top-p.
+Left out on purpose: several updates per batch with a clipped ratio (the rewards, with their KL, must then stay
+those of the first update), LoRA, vLLM, top-p.
 Shapes: N = prompts · k responses of at most R tokens; B rows of at most T tokens; a vocabulary of V.
 """
 
@@ -97,7 +98,7 @@ def parse_args() -> Args:
         args = tyro.cli(Args, default=Args(**saved))
         args.resume = str(checkpoint)
 
-    # Paths are kept absolute, so that a run can be resumed from any directory.
+    # Paths (list a new flag here) are kept absolute, so that a run can be resumed from any directory.
     for name in ("model", "dataset", "reward", "eval_reward"):
         value = getattr(args, name)
         if value not in (None, "smollm2", "vader") and Path(value.partition(":")[0]).exists():
@@ -329,8 +330,8 @@ def load_scorer(flag: str, spec: str, accelerator):
     # A function with TRL's signature, f(prompts, completions, **columns) -> list of floats.
     sys.path.insert(0, str(Path(path).parent))  # it may import what lies beside it
     module = importlib.import_module(Path(path).stem)
-    if not Path(path).samefile(module.__file__):
-        sys.exit(f"{flag} {spec}: rename the file, {module.__file__} has the same name")
+    if os.path.realpath(getattr(module, "__file__", "")) != os.path.realpath(path):
+        sys.exit(f"{flag} {spec}: rename the file, there is another module {module.__name__}")
     reward_function = getattr(module, name)
 
     def score(prompts, texts):
@@ -629,7 +630,7 @@ def main(args: Args) -> None:
     model, tokenizer = load_model(args.model)
     train, held_out = load_prompts(args, tokenizer)
     accelerator.print(f"{len(train)} prompts to train on, {len(held_out)} held out")
-    scorers = {"score": load_scorer("--reward", args.reward, accelerator)}
+    scorers = {"score": load_scorer("--reward", args.reward, accelerator)}  # trained on; the others are only logged
     if args.eval_reward is not None:
         scorers["gold"] = load_scorer("--eval-reward", args.eval_reward, accelerator)
 
@@ -662,9 +663,15 @@ def main(args: Args) -> None:
     if is_main:
         writer = SummaryWriter(output_dir, purge_step=first_step + 1)
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=2)}\n```")
-        if held_out and first_step == 0:
-            for name, value in evaluations["SFT"].means.items():
-                writer.add_scalar(f"eval/{name}", value, 0)
+
+    def log(prefix, values, step):
+        if is_main:
+            for name, value in values.items():
+                writer.add_scalar(prefix + name, value, step)
+            writer.flush()
+
+    if held_out and first_step == 0:
+        log("eval/", evaluations["SFT"].means, 0)
 
     # Every epoch has each prompt once, in a new order. Each process takes its share of every step.
     order = []
@@ -712,10 +719,10 @@ def main(args: Args) -> None:
                 micro = samples[start : start + micro_size]
                 rows = make_rows([s.prompt.ids for s in micro], [s.responses for s in micro], device)
                 with accelerator.accumulate(policy):
-                    with torch.no_grad():
-                        ref_logprobs = reference(rows, args.temperature)
+                    ref_logprobs = reference(rows, args.temperature)  # frozen: no graph is built
                     logprobs = policy(rows, args.temperature)
-                    kl = sequence_kl(logprobs.detach(), ref_logprobs, rows.response_mask)
+                    old_logprobs = logprobs.detach()  # of the policy that sampled
+                    kl = sequence_kl(old_logprobs, ref_logprobs, rows.response_mask)
                     rewards = scores[start : start + micro_size].flatten() - args.kl_coef * kl
                     advantages = rloo_advantages(rewards, args.k)
                     loss = policy_gradient_loss(logprobs, rows.response_mask, advantages)
@@ -728,7 +735,7 @@ def main(args: Args) -> None:
                     optimizer.zero_grad()
                 kls.append(kl)
                 losses.append(loss.detach())
-                token_nlls.append(-logprobs.detach()[rows.response_mask])
+                token_nlls.append(-old_logprobs[rows.response_mask])
             # Whoever changes the lines above: a micro-batch that is skipped would shift all later updates.
             assert grad_norm is not None, "accelerate has made no update: a micro-batch was skipped"
             done = step + 1
@@ -743,7 +750,7 @@ def main(args: Args) -> None:
                 "objective/entropy": torch.cat(token_nlls).mean().item(),  # nats per token
                 "loss/policy": torch.stack(losses).mean().item(),
                 "policy/grad_norm": grad_norm.item(),
-                "val/response_length": len(torch.cat(token_nlls)) / (size * args.k),
+                "val/response_length": sum(len(ids) for s in samples for ids in s.responses) / (size * args.k),
                 "charts/learning_rate": learning_rate,
                 "charts/samples_per_second": args.prompts_per_step * args.k / (time.time() - began),
                 "signals": float(len(signals)),
@@ -752,20 +759,16 @@ def main(args: Args) -> None:
             metrics = dict(zip(metrics, means.tolist()))
             signalled = metrics.pop("signals") > 0
             progress.set_postfix(score=metrics["objective/scores"], kl=metrics["objective/kl"])
+            log("", metrics, done)
 
             # Evaluate and save.
             if held_out and (done % args.eval_every == 0 or done == args.total_steps):
                 evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
-                for name, value in evaluations["trained"].means.items():
-                    metrics[f"eval/{name}"] = value
+                log("eval/", evaluations["trained"].means, done)
                 if is_main:
                     writer.add_text("eval/samples", f"```\n{report(evaluations, held_out)}\n```", done)
-            if is_main:
-                for tag, value in metrics.items():
-                    writer.add_scalar(tag, value, done)
-                writer.flush()
-                if done % args.save_every == 0 and done < args.total_steps:
-                    save_checkpoint(output_dir / f"checkpoint-{done}", model, tokenizer, optimizer, done, args)
+            if is_main and done % args.save_every == 0 and done < args.total_steps:
+                save_checkpoint(output_dir / f"checkpoint-{done}", model, tokenizer, optimizer, done, args)
             if signalled and done < args.total_steps:
                 sys.exit("stopped by a signal")
     except BaseException as error:
@@ -779,8 +782,10 @@ def main(args: Args) -> None:
 
     if held_out and "trained" not in evaluations:  # resumed after the last step
         evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+        log("eval/", evaluations["trained"].means, done)
     accelerator.print(report(evaluations, held_out))
     if is_main:
+        writer.close()
         save_checkpoint(output_dir / "final", model, tokenizer, optimizer, done, args)
 
 

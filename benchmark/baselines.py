@@ -34,12 +34,12 @@ def main():
     accelerator = accelerate.Accelerator(mixed_precision=rloo.machine_settings(args.precision))
     model, tokenizer = rloo.load_model(args.model)
     model.to(accelerator.device)
-    prompts, *_ = rloo.load_prompts(args, tokenizer)
+    prompts, _ = rloo.load_prompts(args, tokenizer)
     judge = rloo.load_scorer("--reward", args.reward, accelerator)
     uniforms = torch.rand(len(prompts), args.k, args.max_new_tokens, generator=torch.Generator().manual_seed(args.seed))
     scores = []
     for i in accelerate.utils.tqdm(range(0, len(prompts), 16)):
-        samples = rloo.sample(args, accelerator, model, tokenizer, prompts[i:i + 16], args.k, uniforms[i:i + 16].flatten(0, 1))
+        samples = rloo.sample_responses(args, accelerator, model, tokenizer, prompts[i:i + 16], args.k, uniforms[i:i + 16].flatten(0, 1))
         scores.append(rloo.score_samples(judge, samples, "cpu"))
     scores = torch.cat(scores)
     if not scores.isfinite().all():

@@ -71,6 +71,9 @@ REFUSED = {
     "Mpt": {},
     "Mamba": dict(state_size=4),
     "Lfm2": dict(layer_types=["conv", "full_attention"] * 2),
+    "GPTNeo": dict(
+        num_layers=2, num_hidden_layers=2, attention_types=[[["global", "local"], 1]], window_size=256
+    ),  # counts the tokens of a row
 }
 FIVE = ["Llama", "GPT2", "Qwen2", "Mistral", "Gemma3Text"]
 PROMPTS = [[5, 9, 14, 8, 9, 10, 11, 12, 13], [7], [3, 4, 5, 6, 7, 8, 30, 31, 32, 33, 34, 35]]

@@ -52,7 +52,7 @@ def flags(tiny_with_stops, tmp_path):
 def sampled(monkeypatch):
     """What the scripts sampled: (rows, random numbers, responses) of each call."""
     calls = []
-    for script, name in ((reinforce, "sample_penalized"), (rloo, "sample"), (ppo, "sample_responses")):
+    for script, name in ((reinforce, "sample_penalized"), (rloo, "sample_responses"), (ppo, "sample_responses")):
         def record(*args, real=getattr(script, name), script=script):
             result = real(*args)
             if script is rloo:
