@@ -380,6 +380,7 @@ def main(args: Args) -> None:
         torch.nn.init.normal_(model.score.weight, 0, model.score.in_features ** -0.5 / 4, random_stream(args.seed, 3))
     model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings), mean_resizing=False)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.ordinal = True  # its labels are grades: rloo.py scores by the expected one
     model.get_input_embeddings().padding_idx = None  # it was the EOS in some configs, and kept that from learning
     local_model, done = AnswerLogits(model.eval()), 0  # eval: no dropout
     ddp_model = accelerator.prepare(local_model)

@@ -176,11 +176,11 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         # A chat template writes its own special tokens. A string gets the tokenizer's: one BOS, but no EOS.
         ids = tokenizer(text, add_special_tokens=messages is None)["input_ids"]
-        if ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
             ids = ids[:-1]
         if ids[:2] == [tokenizer.bos_token_id, tokenizer.bos_token_id]:
             ids = ids[1:]
-        if len(ids) <= args.max_prompt_length:
+        if 0 < len(ids) <= args.max_prompt_length:
             by_text[text] = Prompt(ids, messages, {**record, "prompts": prompt})
 
     # Hold out a random sample, the same for every --seed; of the built-in prompts the last, by subject.
@@ -336,7 +336,7 @@ def load_scorer(flag: str, spec: str, accelerator):
 
     def score(prompts, texts):
         columns = {}
-        for key in prompts[0].columns:
+        for key in prompts[0].columns.keys() - {"prompt"}:
             columns[key] = [prompt.columns[key] for prompt in prompts]
         columns["completions"] = texts
         if isinstance(prompts[0].columns["prompts"], list):
@@ -596,7 +596,10 @@ def machine_settings(precision: str) -> str:
 def claim_output_dir(args) -> Path:
     """The run's own folder, made before anything is loaded."""
     output_dir = Path(args.output_dir or f"runs/rloo__{args.seed}__{time.time_ns() // 1_000_000}")
-    output_dir.mkdir(parents=True, exist_ok=args.output_dir is not None)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=args.output_dir is not None)
+    except OSError as error:
+        sys.exit(f"--output-dir: {error}")
     resumed_here = args.resume is not None and Path(args.resume).parent == output_dir.resolve()
     if any(output_dir.iterdir()) and not resumed_here:
         sys.exit(f"--output-dir {output_dir}: not empty; name another, or --resume a checkpoint in it")

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import types
@@ -383,14 +382,6 @@ def test_it_learns_and_shows_it(finished):
     assert [e.step for e in events.Scalars("eval/accuracies")] == [0, 10, 20, 30]
 
 
-def with_grades(folder, copied):
-    """The reward model as rloo.py takes it: of several labels only where its config says "ordinal", which today's reward_model_ordinal.py does not write."""
-    config = json.loads(Path(folder, "config.json").read_text())
-    shutil.copytree(folder, copied)
-    (copied / "config.json").write_text(json.dumps(config | {"ordinal": len(config["id2label"]) > 1}))
-    return str(copied)
-
-
 def test_plain_transformers_ppo_and_rloo_give_the_same_scores(finished, tmp_path):
     script, _, out, _ = finished
     folder = str(out / "final")
@@ -409,7 +400,7 @@ def test_plain_transformers_ppo_and_rloo_give_the_same_scores(finished, tmp_path
     of_ppo = ppo.make_scorer("--reward", folder, "cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no")
-    of_rloo = rloo.load_scorer("--reward", with_grades(folder, tmp_path / "graded"), accelerator)
+    of_rloo = rloo.load_scorer("--reward", folder, accelerator)
     prompts = ({"prompt": "Word?", "messages": chats[0][:1], "text": "", "columns": {}}, rloo.Prompt([], chats[0][:1], {"prompts": "Word?"}))
     expected = ours[:, 0] if LABELS[script] == 1 else reward_model_ordinal.expected_score(ours)
     for score, prompt in zip((of_ppo, of_rloo), prompts):
