@@ -20,7 +20,7 @@ Ahmadian et al. 2024, Back to Basics, arXiv 2402.14740; the estimator is from Ko
     accelerate launch rloo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset p.jsonl --chat --reward my.py:score
     accelerate launch rloo.py --resume runs/rloo__1__1767225600123/checkpoint-20      # after --save-every 20
 
-The default run: 5 to 9 minutes on two CPU cores; the score of held-out prompts rises from 0.29 to 0.76.
+The default run: 4 to 9 minutes on two CPU cores; the score of held-out prompts rises from 0.31 to 0.72.
 Left out on purpose: several updates per batch with a clipped ratio (the rewards, with their KL, must then stay
 those of the first update), LoRA, vLLM, top-p.
 Shapes: N = prompts · k responses of at most R tokens; B rows of at most T tokens; a vocabulary of V.
