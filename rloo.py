@@ -141,13 +141,14 @@ class Prompt(NamedTuple):
 def read_dataset(name: str, split: str):
     """The rows of a hub dataset (id or id:config) or of a file (.gz too)."""
     suffix = Path(name.lower().removesuffix(".gz")).suffix
-    if suffix not in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
+    if suffix not in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt"):
         return load_dataset(*name.split(":"), split=split)
     if suffix in (".csv", ".tsv"):
         separator = "\t" if suffix == ".tsv" else ","
         # Words such as None and NA are text, not missing values.
         return load_dataset("csv", data_files=name, split=split, sep=separator, keep_default_na=False)
-    return load_dataset("parquet" if suffix == ".parquet" else "json", data_files=name, split=split)
+    builder = {".parquet": "parquet", ".txt": "text"}.get(suffix, "json")
+    return load_dataset(builder, data_files=name, split=split)
 
 
 def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:

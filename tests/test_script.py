@@ -245,6 +245,12 @@ def test_file_formats(tmp_path, name, monkeypatch):
     assert len(train) == 3 and len(held_out) == 2
 
 
+def test_a_text_file_has_a_prompt_per_line(tmp_path):
+    (tmp_path / "p.txt").write_text("say 1\nsay 2\n")
+    train, _ = load_prompts(byte_tokenizer(), dataset=str(tmp_path / "p.txt"), prompt_column="text", eval_prompts=0)
+    assert sorted(prompt.columns["prompts"] for prompt in train) == ["say 1", "say 2"]
+
+
 def test_special_tokens_of_prompts(write_jsonl):
     """A template's are its own; a string gets the tokenizer's BOS, once, and never its EOS: the model would answer after the end."""
     data = write_jsonl([{"prompt": "say 0"}, {"prompt": "<s>say 1"}, {"prompt": "say 2</s>"}])
