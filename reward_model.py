@@ -524,11 +524,11 @@ def pair_metrics(losses, scores, pairs) -> dict[str, torch.Tensor]:
     chosen = scores[pairs.chosen].detach()
     rejected = scores[pairs.rejected].detach()
     return {
-        "loss/reward": losses.detach(),
-        "rewards/accuracies": (chosen > rejected).float(),
-        "rewards/margins": chosen - rejected,
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
+        "loss": losses.detach(),
+        "accuracies": (chosen > rejected).float(),
+        "margins": chosen - rejected,
+        "chosen": chosen,
+        "rejected": rejected,
     }
 
 
@@ -553,7 +553,7 @@ def evaluation_means(losses, scores, pairs, groups) -> dict[str, float]:
     """Means over the pairs, and how scores and ratings agree within the prompts."""
     means = {}
     for name, values in pair_metrics(losses, scores, pairs).items():
-        means[name.rpartition("/")[2]] = values.mean().item()
+        means[name] = values.mean().item()
     # A baseline: the longer answer wins.
     lengths = torch.tensor(sum([list(map(len, group.ids)) for group in groups], []))
     means["longer_wins"] = (lengths[pairs.chosen] > lengths[pairs.rejected]).float().mean().item()
@@ -771,7 +771,9 @@ def main(args: Args) -> None:
 
             # Log the means over all processes.
             means = torch.stack(sums).sum(0) * accelerator.num_processes / n_pairs
-            metrics = dict(zip(values, means.tolist())) | {
+            metrics = {f"rewards/{name}": mean for name, mean in zip(values, means.tolist())}
+            metrics |= {
+                "loss/reward": metrics.pop("rewards/loss"),
                 "policy/grad_norm": grad_norm.item(),
                 "charts/learning_rate": learning_rate,
                 "charts/pairs_per_second": n_pairs / (time.time() - began),
