@@ -62,7 +62,7 @@ class Args:
     epochs: int = 2  # ppo: passes over the batch
     minibatches: int = 8  # ppo: updates per pass
     clip: float = 0.2  # ppo: the ratio of new to old probability counts up to 1 +- this
-    value_clip: float = 0.2  # ppo: a value may move this far per training step; returns are scaled to 1 at most
+    value_clip: float = 0.2  # ppo: a value may move this far per training step; returns are scaled to 1
     vf_coef: float = 0.5  # ppo: weight of the value loss
     hidden: int = 64  # units in each of the two layers of policy and value network
     eval_episodes: int = 100  # greedy episodes: those that may stop the run, and those at its end
@@ -150,8 +150,8 @@ class Episodes(NamedTuple):
 def sample_episodes(envs, policy, uniforms, seed) -> Episodes:
     """An episode of each environment; the seed gives their start states.
 
-    uniforms: (MAX_STEPS, N) numbers in [0, 1), all the randomness of the actions: one of less than pi(left | s)
-    picks left, the others right. So 0.5 picks the likelier action.
+    uniforms: (MAX_STEPS, N) numbers in [0, 1), all the randomness of the actions. A number below pi(left | s)
+    means left, any other right; so 0.5 picks the likelier action.
     """
     observation, _ = envs.reset(seed=seed)
     observations = [observation]
@@ -160,7 +160,7 @@ def sample_episodes(envs, policy, uniforms, seed) -> Episodes:
     for t in range(MAX_STEPS):
         probs = policy(torch.from_numpy(observation)).softmax(1)  # (N, 2)
         action = (uniforms[t] >= probs[:, 0]).long().numpy()
-        # At the end of an episode this gives the state it ended in: gymnasium resets one step later.
+        # After an episode's last step this is the state it ended in: gymnasium resets one step later.
         observation, reward, fell, time_over, _ = envs.step(action)
         observations.append(observation)
         actions.append(action)

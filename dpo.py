@@ -139,6 +139,8 @@ def read_dataset(name: str, split: str):
 
 
 class Pair(NamedTuple):
+    """A row of a preference dataset."""
+
     prompt: str | list  # as in the dataset: a string or messages
     messages: list | None  # what the chat template makes a text from, if it is a chat
     chosen: str
@@ -253,6 +255,8 @@ def encode_answers(tokenizer, eos_ids, pair, answers) -> list[list[int]]:
 
 
 class Example(NamedTuple):
+    """A pair as token ids."""
+
     prompt: Prompt
     start: list[int]  # token ids that both texts begin with: the prompt's, or less if a token goes beyond it
     answers: list[list[int]]  # token ids of the chosen and the rejected answer

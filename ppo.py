@@ -67,9 +67,7 @@ class Args:
     chat: bool = False  # string prompts are user messages, for the chat template (the built-in always are)
     reward: str = "vader"  # vader, a sequence classifier (hub id or directory), or path/file.py:function
     eval_reward: str | None = None  # second scorer, for evaluation only: the gold that a learned one imitates
-    critic: str | None = (
-        None  # where it starts: a classifier with one label, of the policy's tokens; default: the policy
-    )
+    critic: str | None = None  # its start: a classifier of the policy's tokens; default: the policy
     k: int = 4  # responses per prompt, which is read once for all of them
     kl_coef: float = 0.05  # weight of the KL from the reference in the reward
     epochs: int = 1  # passes over the samples of a step

@@ -125,6 +125,8 @@ def read_dataset(name: str, split: str):
 
 
 class Pair(NamedTuple):
+    """A row of a preference dataset."""
+
     prompt: str | list  # as in the dataset: a string or messages
     messages: list | None  # what the chat template makes a text from, if it is a chat
     chosen: str
@@ -534,6 +536,8 @@ def pair_metrics(losses, scores, pairs) -> dict[str, torch.Tensor]:
 
 # ---- Evaluation ----
 class RewardEvaluation(NamedTuple):
+    """What is known of the held-out answers."""
+
     means: dict[str, float]
     descriptions: list[str]  # of the answers: their scores
 

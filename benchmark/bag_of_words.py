@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 import numpy
-import transformers
 import tyro
+from accelerate import Accelerator
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -44,15 +44,16 @@ def main():
     args = tyro.cli(reward_model.Args)
     if not (args.dataset and args.eval_dataset):
         sys.exit("--dataset and --eval-dataset: give both")
-    tokenizer = reward_model.load(transformers.AutoTokenizer, args.model)
-
-    def read(flag, name, split):
-        rows, _ = reward_model.group_pairs(args, tokenizer, reward_model.read_pairs(flag, name, split))
-        text = lambda answer: answer if isinstance(answer, str) else answer[-1]["content"]
-        return [(text(row["answers"][a]), text(row["answers"][b])) for row in rows for a, b, _ in row["pairs"]]
-
-    train = read("--dataset", args.dataset, args.dataset_split)
-    test = read("--eval-dataset", args.eval_dataset, args.eval_split or args.dataset_split)
+    accelerator = Accelerator(cpu=True)
+    _, tokenizer = reward_model.load_model(args.model)
+    files = {"train": (args.dataset, args.dataset_split), "test": (args.eval_dataset, args.eval_split)}
+    texts = {}
+    for name, (dataset, split) in files.items():
+        pairs = reward_model.read_pairs(args, accelerator, dataset, split)
+        texts[name] = []
+        for group in reward_model.group_pairs(args, tokenizer, pairs).values():
+            texts[name] += [(group.answers[chosen], group.answers[rejected]) for chosen, rejected, _ in group.pairs]
+    train, test = texts["train"], texts["test"]
     longer, words = accuracies(train, test)
     print(f"{len(train)} pairs, held out: {len(test)}; longer wins {longer:.3f}, bag of words {words:.3f}")
 

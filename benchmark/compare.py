@@ -12,7 +12,7 @@ run thin and their mean thick, in a band of a standard deviation: score of the t
 KL, a path from the SFT model to the trained one; and what the text becomes, distinct-2 and repetition, of the runs that log them (rloo.py
 does not; a column of the table is there where all runs have it). objective is the score less
 --kl-coef times the KL: what the RL scripts maximise with that coefficient, and one number for runs that end at different KLs. A run of
-dpo.py samples once, before it trains: its responses are those of its pairs, and its last values stand there.
+dpo.py trains on answers that were sampled before: its responses are those of its pairs, and its last values stand there.
 """
 import argparse
 import csv
@@ -44,9 +44,9 @@ def read(folder):
 
 
 def responses(flags, steps):
-    """Sampled responses that training has seen after so many steps: those of dpo.py's 180 prompts come before the first."""
+    """Sampled responses that training has seen after so many steps: those of dpo.py's file, 8 a prompt, come before the first."""
     if "loss_type" in flags:
-        return (240 - int(flags["eval_prompts"])) * int(flags["k"])
+        return (240 - int(flags["eval_prompts"])) * int(flags.get("k", 8))
     return steps * int(flags["prompts_per_step"]) * int(flags["k"])
 
 

@@ -6,8 +6,8 @@
 
     python benchmark/data.py ../shared/data runs/data
 
-imdb_pairs_{train,test}.jsonl: a positive and a negative review, in file order, as chosen and rejected, without a prompt.
-imdb_openings_{train,test}.jsonl: the first 8 words of each review, as a prompt to go on with.
+imdb_pairs_{train,test}.jsonl: a positive and a negative review, in file order, as chosen and rejected.
+imdb_openings_{train,test}.jsonl: the first 8 words of each review, as a prompt to go on with, behind the same "Film review: ".
 helpful_{train,test}.jsonl: hh_helpful and rmb_helpful together, all as messages, so that a reward model reads them by its chat template.
 """
 import argparse
@@ -44,8 +44,8 @@ def main():
         helpful = [dict(prompt=messages(row["prompt"]), chosen=answer(row["chosen"]), rejected=answer(row["rejected"]))
                    for name in ("hh_helpful", "rmb_helpful") for row in read(args.source, f"{name}_{split}")]
         files = {
-            "imdb_pairs": [dict(prompt="", chosen=a, rejected=b) for a, b in zip(positive, negative)],
-            "imdb_openings": [dict(prompt=" ".join(r["text"].split()[:8])) for r in reviews],
+            "imdb_pairs": [dict(prompt="Film review: ", chosen=a, rejected=b) for a, b in zip(positive, negative)],
+            "imdb_openings": [dict(prompt="Film review: " + " ".join(r["text"].split()[:8])) for r in reviews],
             "helpful": helpful,
         }
         for name, rows in files.items():

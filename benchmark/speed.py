@@ -47,7 +47,7 @@ def gpu_name():
 def ours(script, flags, out):
     """A script by its command line; its own curve has the samples a second of each step."""
     command = [sys.executable, *(["-c", ON_GPU] if flags.gpu else []), str(ROOT / f"{script}.py"), "--total-steps", str(flags.steps), "--eval-prompts", "0",
-               "--prompts-per-step", str(flags.prompts), "--micro-batch-size", str(flags.micro or flags.prompts // (1 + (script == "ppo"))),
+               "--pairs-per-step" if script == "dpo" else "--prompts-per-step", str(flags.prompts), "--micro-batch-size", str(flags.micro or flags.prompts // (1 + (script == "ppo"))),
                "--model", flags.model, "--output-dir", out]
     if script in PAIRS:
         return [*command, "--dataset", flags.dataset, "--max-length", str(flags.length)]

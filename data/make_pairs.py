@@ -63,7 +63,8 @@ def pairs_of(prompt, texts, scores, min_gap: float) -> list[dict]:
     score_of = dict(zip(texts, scores))  # equal answers count once
     pairs = []
     for a, b in itertools.combinations(score_of, 2):
-        if abs(score_of[a] - score_of[b]) < min_gap or not (a and b):
+        gap = abs(score_of[a] - score_of[b])
+        if gap < min_gap or gap == 0 or not a.strip() or not b.strip():
             continue
         chosen, rejected = (a, b) if score_of[a] > score_of[b] else (b, a)
         ratings = {"chosen_rating": score_of[chosen], "rejected_rating": score_of[rejected]}

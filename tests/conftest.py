@@ -2,8 +2,10 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest runs two processes (pyproject.toml), and cores that are fought for cost tenfold:
@@ -105,9 +107,34 @@ def run_script(script, *flags):
             signal.signal(number, handler)
 
 
+def run_in_two_processes(script, *flags):
+    """The same as a user starts it. script: a module, or a path."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # on a free port
+    command += [getattr(script, "__file__", str(script)), *map(str, flags)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def scalars(out, tag):
+    """A curve of a run."""
+    return [event.value for event in EventAccumulator(str(out)).Reload().Scalars(tag)]
+
+
 def grad_norm(out):
     """Of a run's first step, before clipping: the clipped gradients of two runs may be equal where these are not."""
-    return EventAccumulator(str(out)).Reload().Scalars("policy/grad_norm")[0].value
+    return scalars(out, "policy/grad_norm")[0]
+
+
+def moments(checkpoint):
+    """Adam's averages of the gradient, one a parameter. After one step they are a tenth of the (clipped) gradient."""
+    state = torch.load(Path(checkpoint, "trainer_state.pt"))["optimizer"]["state"]
+    return [state[i]["exp_avg"] for i in sorted(state)]
+
+
+def plain_logprobs(model, prompt, response, temperature=1.0):
+    """One text, no padding, no cache, full softmax."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
 @pytest.fixture

@@ -31,11 +31,32 @@ import seeds  # noqa: E402
 import speed  # noqa: E402
 
 
+LOGGED_BEFORE = ["eos_rate", "distinct_2", "repetition"]
+
+
+def as_before(folder, older):
+    """The run as the scripts logged theirs before rloo.py was rewritten: flags as a table, and three more numbers of the held-out texts."""
+    events, curves = seeds.read_events(folder)
+    text = lambda name: events.Tensors(f"{name}/text_summary")[-1].tensor_proto.string_val[0].decode()
+    flags = json.loads((folder / "final/args.json").read_text())
+    shutil.copytree(folder, older, ignore=shutil.ignore_patterns("events.*"))
+    with torch.utils.tensorboard.SummaryWriter(older) as writer:
+        writer.add_text("args", "|flag|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in flags.items()))
+        for tag, points in curves.items():
+            for step, value in points:
+                writer.add_scalar(tag, value, step)
+        for n, name in enumerate(LOGGED_BEFORE):
+            for step, value in curves["eval/score"]:
+                writer.add_scalar(f"eval/{name}", value / 2 + n / 9, step)
+        writer.add_text("eval/samples", text("eval/samples"), curves["eval/score"][-1][0])
+
+
 @pytest.fixture(scope="module")
 def runs(tiny, tiny_flags, tmp_path_factory):
-    """Toy runs in folders named as the commands name them: two seeds of rloo.py, one of reinforce.py, which logs more; a reward model, RLOO on it."""
+    """Toy runs in folders named as the commands name them: two seeds of rloo.py; one of reinforce.py, an older run, which logged more; a reward model, RLOO on it."""
     out = tmp_path_factory.mktemp("runs")
-    run_script(reinforce, *tiny_flags, "--eval-reward", tiny_flags[1], "--output-dir", out / "reinforce1")
+    run_script(reinforce, *tiny_flags, "--eval-reward", tiny_flags[1], "--output-dir", out / "new/reinforce1")
+    as_before(out / "new/reinforce1", out / "reinforce1")
     for seed in (1, 2):
         run_script(rloo, *tiny_flags, "--eval-reward", tiny_flags[1], "--seed", seed, "--output-dir", out / f"rloo{seed}")
     pairs = out / "pairs.jsonl"
@@ -92,16 +113,13 @@ def test_compare_has_a_row_a_name_and_a_line_a_run(runs, monkeypatch, capsys, tm
     assert text.count("trained ") == 1  # an answer of the first seed
 
 
-LOGGED_BY_THE_OTHERS = ["eos_rate", "distinct_2", "repetition"]
-
-
-@pytest.mark.parametrize("names, columns, curves", [(["rloo1", "rloo2"], [], 2), (["reinforce1"], LOGGED_BY_THE_OTHERS, 4), (["reinforce1", "rloo1", "rloo2"], [], 6)])
+@pytest.mark.parametrize("names, columns, curves", [(["rloo1", "rloo2"], [], 2), (["reinforce1"], LOGGED_BEFORE, 4), (["reinforce1", "rloo1", "rloo2"], [], 6)])
 def test_compare_has_the_columns_of_all_and_the_curves_that_are_there(runs, names, columns, curves, monkeypatch, capsys, tmp_path):
     drawn, real = [], compare.plot
     monkeypatch.setattr(compare, "plot", lambda axis, *args, **options: drawn.append((axis, real(axis, *args, **options))))
     text = main(compare, monkeypatch, capsys, *(runs / name for name in names), "--save", tmp_path / "c")
     rows = list(csv.DictReader((tmp_path / "c.csv").open()))
-    assert [name for name in LOGGED_BY_THE_OTHERS if f"{name}_after" in rows[0]] == columns and all(name in text for name in columns)
+    assert [name for name in LOGGED_BEFORE if f"{name}_after" in rows[0]] == columns and all(name in text for name in columns)
     assert len(rows) == len(names) and all(row["responses"] == str(4 * 4 * 4) for row in rows)
     assert len(drawn) == curves and {axis for axis, _ in drawn} == set(drawn[0][0].figure.axes)  # no panel is empty
     for row, name in zip(rows, names):
@@ -139,7 +157,7 @@ def test_frontier_has_the_columns_that_all_runs_have(runs, monkeypatch, capsys, 
 
 
 def test_seeds_has_the_rows_that_all_seeds_have(runs, monkeypatch, capsys, tmp_path):
-    """A seed of the old rloo.py, which logged as reinforce.py does, beside one of today's."""
+    """A seed of the old rloo.py beside one of today's."""
     shutil.copytree(runs / "reinforce1", tmp_path / "rloo1"), shutil.copytree(runs / "rloo2", tmp_path / "rloo2")
     text = main(seeds, monkeypatch, capsys, "rloo.py", "--seeds", 1, 2, "--out", tmp_path)
     assert [line.split()[0] for line in text.splitlines()] == ["held-out", "score", "gold", "kl", "response_length"]
@@ -190,7 +208,7 @@ def test_data_makes_pairs_openings_and_messages(monkeypatch, capsys, tmp_path):
     main(data, monkeypatch, capsys, tmp_path, tmp_path / "out")
     read = lambda name: [json.loads(line) for line in (tmp_path / f"out/{name}.jsonl").open()]
     assert [row["rejected"] for row in read("imdb_pairs_train")] == ["bad film"]
-    assert read("imdb_openings_test")[0] == {"prompt": "good film good film good film good film"}
+    assert read("imdb_openings_test")[0] == {"prompt": "Film review: good film good film good film good film"}
     turns = [[(message["role"], message["content"]) for message in row["prompt"]] for row in read("helpful_train")]
     assert turns == [[("user", "a"), ("assistant", "b"), ("user", "c\nd")], [("user", "a\n\nHuman: b")]]
     assert [row["chosen"] for row in read("helpful_test")] == [[dict(role="assistant", content="e")]] * 2

@@ -58,22 +58,6 @@ def test_answers_have_the_log_probabilities_of_the_cpu():
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_the_same_random_numbers_sample_the_same_responses(make):
-    """With their log-probabilities; prompts of two lengths, so one is padded on the left."""
-    ids, mask = torch.tensor([[1, 1, 7, 8], [9, 10, 11, 12]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    uniforms, results = torch.rand(6, 12, generator=torch.Generator().manual_seed(0)), {}
-    for device in ("cpu", "cuda"):
-        inputs, model = (ids.to(device), mask.to(device)), make().to(device)
-        responses = ppo.generate(model, *inputs, 3, uniforms.to(device), 0.9, [1])
-        real = ppo.completion_mask(responses, [1])
-        logprobs = reinforce.ResponseLogprobs(model)(*inputs, responses, real, 0.9)
-        assert torch.allclose(ppo.TokenOutputs(model)(*inputs, responses, real, 0.9), logprobs, atol=1e-5)
-        results[device] = (responses * real).cpu(), logprobs.detach().cpu()
-    assert torch.equal(results["cpu"][0], results["cuda"][0])
-    assert torch.allclose(results["cpu"][1], results["cuda"][1], atol=1e-4)
-
-
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_rloo_samples_the_same_responses_and_its_rows_have_the_log_probabilities_and_gradients_of_the_cpu(make):
     prompts, uniforms, results = [[7, 8], [9, 10, 11, 12]], torch.rand(6, 12, generator=torch.Generator().manual_seed(0)), {}
     for device in ("cpu", "cuda"):
@@ -94,6 +78,22 @@ def test_rloo_samples_the_same_responses_and_its_rows_have_the_log_probabilities
         assert a[0] == b[0] and torch.allclose(a[1], b[1], atol=1e-4)
         for x, y in zip(a[2], b[2], strict=True):
             assert torch.allclose(x, y, atol=1e-4 * (1 + x.abs().max()))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_the_critic_has_the_values_and_gradients_of_the_cpu(make):
+    prompts, groups = [[7, 8], [9, 10, 11, 12]], [[[20, 21, 1], [1], [22, 23, 24, 25]], [[26], [27, 28, 1], [29, 30]]]
+    for length in (1024, 8):
+        results = {}
+        for device in ("cpu", "cuda"):
+            torch.manual_seed(0)
+            critic = ppo.Critic(make().base_model, torch.nn.Linear(32, 1)).to(device)
+            rows = ppo.make_rows(prompts, groups, device, length)
+            values = critic(rows)
+            ppo.ppo_value_loss(values, torch.zeros_like(values), torch.ones_like(values), rows.response_mask, 0.2).backward()
+            results[device] = [values.detach().cpu(), *(p.grad.cpu() for p in critic.parameters() if p.grad is not None)]
+        for a, b in zip(results["cpu"], results["cuda"], strict=True):
+            assert torch.allclose(a, b, atol=1e-4 * (1 + a.abs().max()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

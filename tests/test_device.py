@@ -90,7 +90,7 @@ def main(script, flags, change):
     module, sys.argv = types.ModuleType("script"), [script, *flags]
     module.__file__, sys.modules["script"] = script, module
     exec(compile(text, script, "exec"), module.__dict__)
-    (save,) = {"save", "save_checkpoint"} & vars(module).keys()  # in rloo.py it has the longer name
+    (save,) = {"save", "save_checkpoint"} & vars(module).keys()  # in the RL scripts it has the longer name
     setattr(module, save, lambda path, *_, **__: path.mkdir(parents=True))
     with PretendGPU():
         module.main(module.parse_args())

@@ -164,8 +164,7 @@ def test_families(name):
     model = make(name)
     logprobs, gradients = compare(model, 2)
     assert logprobs < 1e-4 and gradients < 1e-4
-    args = rloo.Args(model=name, max_new_tokens=8)
-    rloo.check_model(args, model, [rloo.Prompt(PROMPTS[0], None, {})])
+    rloo.check_model(rloo.Args(model=name), rloo.ResponseLogprobs(model), 12, "--max-new-tokens")
     # The sampler, against one that runs every text alone.
     model.generation_config.eos_token_id = [1]
     uniforms = torch.rand(3, 6)
@@ -180,15 +179,15 @@ def test_families(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_whose_responses_would_see_each_other_is_refused_in_a_line(name):
     with pytest.raises(SystemExit) as stop:
-        rloo.check_model(rloo.Args(model=name), make(name), [rloo.Prompt(PROMPTS[0], None, {})])
+        rloo.check_model(rloo.Args(model=name), rloo.ResponseLogprobs(make(name)), 12, "--max-new-tokens")
     assert stop.value.code.startswith(f"--model {name}: ") and "\n" not in stop.value.code
 
 
 def test_texts_longer_than_the_models_positions_are_refused_before_training():
-    args = rloo.Args(model="m", max_new_tokens=500)
-    with pytest.raises(SystemExit, match="texts of 513 tokens, --model reads 512"):
-        rloo.check_model(args, tiny_gpt2(), [rloo.Prompt([5] * 13, None, {})])
-    rloo.check_model(args, tiny_gpt2(), [rloo.Prompt([5] * 12, None, {})])
+    args = rloo.Args(model="m")
+    with pytest.raises(SystemExit, match="--max-new-tokens: texts of 513 tokens, --model reads 512"):
+        rloo.check_model(args, rloo.ResponseLogprobs(tiny_gpt2()), 513, "--max-new-tokens")
+    rloo.check_model(args, rloo.ResponseLogprobs(tiny_gpt2()), 512, "--max-new-tokens")
 
 
 def test_order_and_neighbours_change_nothing():

@@ -1,30 +1,31 @@
-"""Whole runs of the three RL scripts against arithmetic by hand: what a comparison of two runs of one script cannot see."""
+"""Whole runs of the three RL scripts against arithmetic by hand: what a comparison of two runs cannot see."""
+
 import json
 import statistics
 
 import pytest
 import torch
-from conftest import byte_tokenizer, run_script
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_kv_cache import plain_logprobs
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from conftest import byte_tokenizer, moments, plain_logprobs, run_script, scalars
+from transformers import AutoModel, AutoModelForCausalLM
 
 import ppo
 import reinforce
 import rloo
 
 SCRIPTS = pytest.mark.parametrize("script", [reinforce, rloo, ppo], ids=lambda script: script.__name__)
-TEMPERATURE, KL_COEF, GAMMA, LAM, VF_COEF, K = 0.7, 0.5, 0.9, 0.6, 0.3, 3
+TEMPERATURE, KL_COEF, DECAY, GAMMA, LAM, VF_COEF, K = 0.7, 0.5, 0.8, 0.9, 0.6, 0.3, 3
 STOPS = [1, *range(150, 200)]
-MORE = dict(reinforce=[], rloo=[], ppo=["--minibatches", 1, "--gamma", GAMMA, "--lam", LAM, "--vf-coef", VF_COEF])
+MORE = {
+    reinforce: ["--baseline-decay", DECAY],
+    rloo: [],
+    ppo: ["--minibatches", 1, "--gamma", GAMMA, "--lam", LAM, "--vf-coef", VF_COEF],
+}
 REWARD = """
+def number(prompt, text, weight):
+    return weight * sum(ord(c) % 97 for c in text) / 97 + len(prompt) / 9
 def score(prompts, completions, weight, **columns):
-    return [w * sum(ord(c) % 97 for c in text) / 97 + len(prompt) / 9 for prompt, text, w in zip(prompts, completions, weight)]
+    return [number(*answer) for answer in zip(prompts, completions, weight)]
 """
-
-
-def scalars(out, tag):
-    return [event.value for event in EventAccumulator(str(out)).Reload().Scalars(tag)]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def tiny_with_stops(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("stops")
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.generation_config.eos_token_id = STOPS[1:]
-    model.save_pretrained(path), byte_tokenizer().save_pretrained(path)
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return path
 
 
@@ -43,139 +45,194 @@ def flags(tiny_with_stops, tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
     rows = [dict(prompt="abcdefghijklmnop"[i:] + "?" * i * i, weight=(-1) ** i * (1 + i / 5)) for i in range(14)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["--model", tiny_with_stops, "--reward", f"{tmp_path}/reward.py:score", "--dataset", tmp_path / "prompts.jsonl", "--precision", "fp32", "--k", K,
-            "--prompts-per-step", 4, "--micro-batch-size", 2, "--max-new-tokens", 6, "--max-prompt-length", 400, "--temperature", TEMPERATURE,
-            "--kl-coef", KL_COEF, "--learning-rate", 0.01, "--warmup-steps", 0, "--max-grad-norm", 1e9]
+    flags = f"--reward {tmp_path}/reward.py:score --dataset {tmp_path}/prompts.jsonl --model {tiny_with_stops}"
+    flags += f" --precision fp32 --k {K} --temperature {TEMPERATURE} --kl-coef {KL_COEF} --max-grad-norm 1e9"
+    flags += " --prompts-per-step 4 --micro-batch-size 2 --max-new-tokens 6 --max-prompt-length 400"
+    return [*flags.split(), "--learning-rate", 0.01, "--warmup-steps", 0]
 
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """What the scripts sampled: (rows, random numbers, responses) of each call."""
+    """What the scripts sampled: (random numbers, samples) of each call."""
     calls = []
-    for script, name in ((reinforce, "sample_penalized"), (rloo, "sample_responses"), (ppo, "sample_responses")):
-        def record(*args, real=getattr(script, name), script=script):
-            result = real(*args)
-            if script is rloo:
-                assert [sample.prompt for sample in result] == list(args[4]) and {len(sample.responses) for sample in result} == {args[5]}
-                rows = [dict(ids=prompt.ids, prompt=prompt.columns["prompts"], columns=prompt.columns) for prompt in args[4]]
-                responses = [ids for sample in result for ids in sample.responses]
-            else:
-                rows, responses = args[4], result[1]
-            assert len(responses) == len(rows) * args[5] == len(args[6])
-            calls.append((rows, args[6], responses))
-            return result
-        monkeypatch.setattr(script, name, record)
+
+    def recorded(real):
+        def record(args, accelerator, model, tokenizer, prompts, k, uniforms):
+            samples = real(args, accelerator, model, tokenizer, prompts, k, uniforms)
+            assert [sample.prompt for sample in samples] == prompts
+            assert {len(sample.responses) for sample in samples} == {k}
+            assert len(uniforms) == len(prompts) * k
+            calls.append((uniforms, list(samples)))  # a copy: the script sorts its list
+            return samples
+
+        return record
+
+    for script in MORE:
+        monkeypatch.setattr(script, "sample_responses", recorded(script.sample_responses))
     return calls
 
 
-def by_hand(rows, responses, k=K):
-    """[(row, response, score)]: the k responses to a row are neighbours."""
-    text = lambda ids: byte_tokenizer().decode(ids, skip_special_tokens=True)
-    rows = [row for row in rows for _ in range(k)]
-    score = lambda row, ids: row["columns"]["weight"] * sum(ord(c) % 97 for c in text(ids)) / 97 + len(row["prompt"]) / 9
-    return [(row, ids, score(row, ids)) for row, ids in zip(rows, responses)]
+def by_hand(samples):
+    """[(ids of the prompt, ids of a response, its score)]: the responses to a prompt are neighbours."""
+    namespace = {}
+    exec(REWARD, namespace)
+    tokenizer = byte_tokenizer()
+    answers = []
+    for sample in samples:
+        columns = sample.prompt.columns
+        assert sample.prompt.ids == tokenizer(columns["prompt"])["input_ids"]
+        for ids in sample.responses:
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            score = namespace["number"](columns["prompt"], text, columns["weight"])
+            answers.append((sample.prompt.ids, ids, score))
+    return answers
 
 
-def moments(folder):
-    state = torch.load(folder / "trainer_state.pt")["optimizer"]["state"]
-    return [state[i]["exp_avg"] for i in sorted(state)]
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
 
 
-def rloo_objective(samples, logprobs, ref_logprobs, out):
-    rewards = [score - KL_COEF * (a - b).sum().item() for (*_, score), a, b in zip(samples, logprobs, ref_logprobs)]
-    others = [[rewards[j] for j in range(i // K * K, i // K * K + K) if j != i] for i in range(len(rewards))]
-    return sum((r - statistics.mean(o)) * x.sum() for r, o, x in zip(rewards, others, logprobs)) / len(rewards), rewards
+def logprobs_alone(model, answers):
+    return [plain_logprobs(model, prompt, ids, TEMPERATURE) for prompt, ids, _ in answers]
 
 
-def reinforce_objective(samples, logprobs, ref_logprobs, out):
-    rewards = [score - KL_COEF * (a - b).sum().item() for (*_, score), a, b in zip(samples, logprobs, ref_logprobs)]
-    baseline = scalars(out, "objective/rlhf_reward")[0]  # the first batch's mean
+def sequence_rewards(answers, logprobs, ref_logprobs):
+    return [score - KL_COEF * (a - b).sum().item() for (*_, score), a, b in zip(answers, logprobs, ref_logprobs)]
+
+
+def rloo_objective(answers, logprobs, ref_logprobs, out):
+    rewards = sequence_rewards(answers, logprobs, ref_logprobs)
+    objective = 0.0
+    for i, (reward, logprob) in enumerate(zip(rewards, logprobs)):
+        others = [rewards[j] for j in range(i // K * K, i // K * K + K) if j != i]
+        objective = objective + (reward - statistics.mean(others)) * logprob.sum()
+    return objective / len(rewards), rewards
+
+
+def reinforce_objective(answers, logprobs, ref_logprobs, out):
+    """The third step: its baseline is of the first step's scores, and of the rewards of the first and the second."""
+    rewards = sequence_rewards(answers, logprobs, ref_logprobs)
+    means = scalars(out, "objective/rlhf_reward")
+    baseline = scalars(out, "objective/scores")[0]
+    for mean in means[:2]:
+        baseline = DECAY * baseline + (1 - DECAY) * mean
+    assert abs(baseline - means[0]) > 0.1
     return sum((r - baseline) * x.sum() for r, x in zip(rewards, logprobs)) / len(rewards), rewards
 
 
-def ppo_objective(samples, logprobs, ref_logprobs, critic):
+def ppo_objective(answers, logprobs, ref_logprobs, critic):
     """The first update of a step, where the ratio is 1 and no value has moved: whitened advantages, squared errors."""
     rewards, advantages, errors = [], [], []
-    for (row, response, score), a, b in zip(samples, logprobs, ref_logprobs):
-        values = critic(torch.tensor([row["ids"] + response])).logits[0, len(row["ids"]) - 1:-1, 0]
+    for (prompt, response, score), a, b in zip(answers, logprobs, ref_logprobs):
+        hidden = critic.backbone(torch.tensor([prompt + response]), use_cache=False).last_hidden_state
+        values = critic.head(hidden)[0, len(prompt) - 1 : -1, 0]
         reward = (-KL_COEF * (a - b)).tolist()
         reward[-1] += score
-        v, later = values.tolist() + [0.0], []  # nothing follows the last token
-        for t in range(len(response)):  # the sum of discounted errors of one step, each from its definition
-            later.append(sum((GAMMA * LAM) ** (s - t) * (reward[s] + GAMMA * v[s + 1] - v[s]) for s in range(t, len(response))))
-        advantages.append(later)
+        v = values.tolist() + [0.0]  # nothing follows the last token
+        deltas = [reward[t] + GAMMA * v[t + 1] - v[t] for t in range(len(response))]
+        later = []  # the sum of discounted errors of one step, each from its definition
+        for t in range(len(response)):
+            later.append(sum((GAMMA * LAM) ** (s - t) * deltas[s] for s in range(t, len(response))))
+        advantages += later
         errors += [(value - v[t] - later[t]) ** 2 / 2 for t, value in enumerate(values)]
         rewards.append(sum(reward))
-    tokens = [x for row in advantages for x in row]
-    mean, deviation = statistics.mean(tokens), statistics.pstdev(tokens)
-    policy = sum((x - mean) / deviation * lp for row, lps in zip(advantages, logprobs) for x, lp in zip(row, lps)) / len(tokens)
-    return policy - VF_COEF * sum(errors) / len(tokens), rewards
+    mean, deviation = statistics.mean(advantages), statistics.pstdev(advantages)
+    policy = sum((x - mean) / deviation * logprob for x, logprob in zip(advantages, torch.cat(logprobs)))
+    return (policy - VF_COEF * sum(errors)) / len(advantages), rewards
 
 
 @SCRIPTS
-def test_the_gradient_of_a_step_is_that_of_the_formula_row_by_row(script, flags, sampled, tiny_with_stops, tmp_path):
-    """The second step, where the policy has left the reference: sampled, scored, and differentiated one response at a time."""
+def test_the_gradient_of_a_step_is_that_of_the_formula(script, flags, sampled, tiny_with_stops, tmp_path):
+    """The third step, where the policy has left the reference: one response at a time."""
     out = tmp_path / "o"
-    run_script(script, *flags, *MORE[script.__name__], "--total-steps", 2, "--save-every", 1, "--eval-prompts", 0, "--output-dir", out)
-    rows, _, responses = sampled[1]
-    policy, reference = (AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval() for path in (out / "checkpoint-1", tiny_with_stops))
-    samples = by_hand(rows, responses)
-    assert len({score for *_, score in samples}) > 2 * K and len({len(ids) for _, ids, _ in samples}) > 2
-    logprobs, ref_logprobs = ([plain_logprobs(model, row["ids"], ids, TEMPERATURE) for row, ids, _ in samples] for model in (policy, reference))
+    more = ["--total-steps", 3, "--save-every", 1, "--eval-prompts", 0, "--output-dir", out]
+    run_script(script, *flags, *MORE[script], *more)
+    answers = by_hand(sampled[2][1])
+    assert len({score for *_, score in answers}) > 2 * K
+    assert len({len(ids) for _, ids, _ in answers}) > 2
+    policy, reference = load(out / "checkpoint-2"), load(tiny_with_stops)
+    logprobs, ref_logprobs = logprobs_alone(policy, answers), logprobs_alone(reference, answers)
+    parameters = list(policy.parameters())
     if script is ppo:
-        critic = AutoModelForTokenClassification.from_pretrained(out / "checkpoint-1", num_labels=1, attn_implementation="eager").eval()
-        critic.load_state_dict(torch.load(out / "checkpoint-1/trainer_state.pt")["critic"])
-        objective, rewards = ppo_objective(samples, logprobs, ref_logprobs, critic)
+        backbone = AutoModel.from_pretrained(out / "checkpoint-2", attn_implementation="eager")
+        critic = ppo.Critic(backbone, torch.nn.Linear(32, 1)).eval()
+        critic.load_state_dict(torch.load(out / "checkpoint-2/trainer_state.pt")["critic"])
+        parameters += critic.parameters()
+        objective, rewards = ppo_objective(answers, logprobs, ref_logprobs, critic)
+    elif script is rloo:
+        objective, rewards = rloo_objective(answers, logprobs, ref_logprobs, out)
     else:
-        objective, rewards = (rloo_objective if script is rloo else reinforce_objective)(samples, logprobs, ref_logprobs, out)
-    parameters = [*policy.parameters(), *(critic.parameters() if script is ppo else ())]
+        objective, rewards = reinforce_objective(answers, logprobs, ref_logprobs, out)
+
     expected = torch.autograd.grad(-objective, parameters)
-    gradient = [(b - 0.9 * a) / 0.1 for a, b in zip(moments(out / "checkpoint-1"), moments(out / "final"))]  # of Adam's average
+    averages = zip(moments(out / "checkpoint-2"), moments(out / "final"))
+    gradient = [(after - 0.9 * before) / 0.1 for before, after in averages]  # of Adam's average
     assert len(gradient) == len(expected)
     for a, b in zip(gradient, expected):
         assert (a - b).abs().max() < 1e-4 * b.abs().max() + 1e-6
     assert max(b.abs().max() for b in expected) > 0.05
-    kl, tokens = [(a - b).sum().item() for a, b in zip(logprobs, ref_logprobs)], sum(len(ids) for _, ids, _ in samples)
-    assert abs(statistics.mean(kl)) > 0.01
-    for tag, value in {"scores": statistics.mean(score for *_, score in samples), "kl": statistics.mean(kl), "rlhf_reward": statistics.mean(rewards),
-                       "entropy": -sum(x.sum().item() for x in logprobs) / tokens}.items():
-        assert scalars(out, f"objective/{tag}")[1] == pytest.approx(value, rel=1e-4, abs=1e-4)
-    assert scalars(out, "val/response_length")[1] == pytest.approx(tokens / len(samples), abs=1e-5)
-    if script is not rloo:  # which does not log it
-        assert scalars(out, "val/eos_rate")[1] == pytest.approx(statistics.mean(ids[-1] in STOPS for _, ids, _ in samples), abs=1e-6)
+
+    kl = statistics.mean((a - b).sum().item() for a, b in zip(logprobs, ref_logprobs))
+    assert abs(kl) > 0.01
+    n_tokens = sum(len(ids) for _, ids, _ in answers)
+    curves = {
+        "objective/scores": statistics.mean(score for *_, score in answers),
+        "objective/kl": kl,
+        "objective/rlhf_reward": statistics.mean(rewards),
+        "objective/entropy": -torch.cat(logprobs).sum().item() / n_tokens,
+        "val/response_length": n_tokens / len(answers),
+    }
+    if script is not ppo:  # whose loss is two
+        curves["loss/policy"] = -objective.item()
+    for tag, value in curves.items():
+        assert scalars(out, tag)[2] == pytest.approx(value, rel=1e-4, abs=1e-4)
     assert sorted(json.loads((out / "final/generation_config.json").read_text())["eos_token_id"]) == STOPS
 
 
 @SCRIPTS
 def test_held_out_score_and_kl_are_those_of_the_policy(script, flags, sampled, tiny_with_stops, tmp_path):
     out = tmp_path / "o"
-    run_script(script, *flags, *MORE[script.__name__], "--total-steps", 3, "--eval-prompts", 5, "--eval-every", 3, "--output-dir", out)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval() for path in (out / "final", tiny_with_stops))
-    samples = by_hand(*sampled[-1][::2], k=1)
-    assert len(samples) == 5
-    kl = [(plain_logprobs(policy, row["ids"], ids, TEMPERATURE) - plain_logprobs(reference, row["ids"], ids, TEMPERATURE)).sum().item()
-          for row, ids, _ in samples]
-    assert scalars(out, "eval/kl") == pytest.approx([0, statistics.mean(kl)], rel=1e-4, abs=1e-5) and abs(statistics.mean(kl)) > 0.01
-    assert scalars(out, "eval/score")[1] == pytest.approx(statistics.mean(score for *_, score in samples), rel=1e-5)
-    assert scalars(out, "eval/response_length")[1] == pytest.approx(statistics.mean(len(ids) for _, ids, _ in samples), rel=1e-5)
-    assert torch.equal(sampled[-1][1], sampled[0][1])  # before and after: from the same random numbers
+    more = ["--total-steps", 3, "--eval-prompts", 5, "--eval-every", 3, "--output-dir", out]
+    run_script(script, *flags, *MORE[script], *more)
+    uniforms, samples = sampled[-1]
+    answers = by_hand(samples)
+    assert len(answers) == 5
+    policy, reference = logprobs_alone(load(out / "final"), answers), logprobs_alone(load(tiny_with_stops), answers)
+    kl = statistics.mean((a - b).sum().item() for a, b in zip(policy, reference))
+    assert abs(kl) > 0.01
+    assert scalars(out, "eval/kl") == pytest.approx([0, kl], rel=1e-4, abs=1e-5)
+    score = statistics.mean(score for *_, score in answers)
+    assert scalars(out, "eval/score")[1] == pytest.approx(score, rel=1e-5)
+    length = statistics.mean(len(ids) for _, ids, _ in answers)
+    assert scalars(out, "eval/response_length")[1] == pytest.approx(length, rel=1e-5)
+    assert torch.equal(uniforms, sampled[0][0])  # before and after: from the same random numbers
 
 
 @SCRIPTS
 def test_every_epoch_has_each_prompt_once_in_an_order_of_its_own(script, flags, sampled, tmp_path):
-    run_script(script, *flags, "--total-steps", 7, "--learning-rate", 0, "--eval-prompts", 0, "--output-dir", tmp_path / "o")
-    prompts = [row["prompt"] for rows, *_ in sampled for row in rows]
+    more = ["--learning-rate", 0, "--eval-prompts", 0]
+    run_script(script, *flags, *more, "--total-steps", 7, "--output-dir", tmp_path / "o")
+    prompts = [sample.prompt.columns["prompt"] for _, samples in sampled for sample in samples]
     first, second = prompts[:14], prompts[14:]
-    assert len(set(first)) == 14 and sorted(first) == sorted(second) and first != second
-    uniforms = [tuple(numbers.flatten().tolist()) for _, numbers, _ in sampled]
-    assert len(set(uniforms)) == 7  # no step samples with another's random numbers
-    run_script(script, *flags, "--seed", 2, "--total-steps", 1, "--learning-rate", 0, "--eval-prompts", 0, "--output-dir", tmp_path / "p")
-    assert [row["prompt"] for row in sampled[7][0]] != first[:4] and not torch.equal(sampled[7][1], sampled[0][1])
+    assert len(set(first)) == 14
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert len({tuple(uniforms.flatten().tolist()) for uniforms, _ in sampled}) == 7  # no step has another's numbers
+
+    run_script(script, *flags, *more, "--seed", 2, "--total-steps", 1, "--output-dir", tmp_path / "p")
+    uniforms, samples = sampled[7]
+    assert [sample.prompt.columns["prompt"] for sample in samples] != first[:4]
+    assert not torch.equal(uniforms, sampled[0][0])
 
 
 @SCRIPTS
 def test_a_step_is_clipped_to_the_largest_norm(script, flags, tmp_path):
-    run_script(script, *flags, *MORE[script.__name__], "--max-grad-norm", 0.01, "--total-steps", 1, "--eval-prompts", 0, "--output-dir", tmp_path / "o")
-    norm = torch.cat([m.flatten() for m in moments(tmp_path / "o/final")]).norm() / 0.1
-    expected = 0.01 * (2 ** 0.5 if script is ppo else 1)  # the critic's gradient is clipped by itself
-    assert scalars(tmp_path / "o", "policy/grad_norm")[0] > 0.1 and norm == pytest.approx(expected, rel=1e-3)
+    out = tmp_path / "o"
+    more = ["--max-grad-norm", 0.01, "--total-steps", 1, "--eval-prompts", 0, "--output-dir", out]
+    run_script(script, *flags, *MORE[script], *more)
+    norm = torch.cat([average.flatten() for average in moments(out / "final")]).norm() / 0.1
+    expected = 0.01
+    if script is ppo:
+        expected *= 2**0.5  # the critic's gradient is clipped by itself
+    assert scalars(out, "policy/grad_norm")[0] > 0.1
+    assert norm == pytest.approx(expected, rel=1e-3)
