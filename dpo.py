@@ -27,7 +27,7 @@ Shapes: B pairs, which have N = 2 B answers of at most R tokens; rows of at most
 import copy
 import ctypes
 import dataclasses
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -195,7 +195,7 @@ def split_record(record, prompt_column) -> tuple:
         rejected = rejected[len(shared) :]
     if len(chosen) != 1 or len(rejected) != 1:
         return prompt, "", ""
-    return prompt, chosen[0]["content"], rejected[0]["content"]
+    return prompt, chosen[0]["content"] or "", rejected[0]["content"] or ""
 
 
 def shared_length(a, b) -> int:
@@ -761,6 +761,7 @@ def main(args: Args) -> None:
     scorer = load_reward_function("--reward", args.reward)
 
     # Policy, reference and optimizer; with --resume, policy and optimizer go on from the checkpoint.
+    # model is what samples and is saved; policy is the same weights, wrapped for training by accelerate.
     longest = max(len(e.start) + max(map(len, e.answers)) for e in train + held_out)
     answered = [e.prompt for e in held_out[: max(1, args.eval_prompts)]]
     longest_answered = max((len(prompt.ids) + args.max_new_tokens for prompt in answered), default=0)

@@ -11,10 +11,11 @@
 
 For each prompt x, sample responses y from the policy pi, now pi_old. V_t is the critic's value before token t:
     r_t  = -kl_coef * log(pi_old(y_t) / pi_ref(y_t)), plus score(x, y) at the last token    reward
-    d_t  = r_t + gamma * V_t+1 - V_t                                     V is 0 after the last token
-    A_t  = d_t + gamma * lam * A_t+1                                     advantage (GAE), then whitened
-    loss = - mean_t min(ratio_t A_t, clip(ratio_t) A_t)                  ratio_t = pi(y_t) / pi_old(y_t)
-           + vf_coef / 2 * mean_t (V_t - (A_t + V_old_t))^2              A_t not whitened; V_t is clipped too
+    d_t  = r_t + gamma * V_{t+1} - V_t                                   V is 0 after the last token
+    A_t  = d_t + gamma * lam * A_{t+1}                                   advantage (GAE)
+    loss = - mean_t min(ratio_t W_t, clip(ratio_t) W_t)                  ratio_t = pi(y_t) / pi_old(y_t)
+           + vf_coef / 2 * mean_t (V_t - (A_t + V_old_t))^2              V_t is clipped too
+W_t is A_t whitened over the step: mean 0, variance 1.
 Each step goes --epochs times over its samples, in --minibatches updates.
 The reference pi_ref is the model before training; the KL term in the reward keeps the policy near it.
 Schulman et al. 2017, arXiv 1707.06347; GAE: arXiv 1506.02438; for language models Huang et al. 2024, The N+
@@ -33,7 +34,7 @@ Shapes: N = prompts · k responses of at most R tokens; B rows of at most T toke
 import copy
 import ctypes
 import dataclasses
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -555,6 +556,11 @@ class Critic(torch.nn.Module):
         return zeros.masked_scatter(rows.response_mask, values)
 
 
+def has_trained_head(classifier) -> bool:
+    """False where it was saved as another kind of model: then its head was drawn when it was loaded."""
+    return any("SequenceClassification" in name for name in classifier.config.architectures or [])
+
+
 def make_critic(args, model) -> Critic:
     """The policy's layers with a head of zeros, or the layers and the head of --critic."""
     head = torch.nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
@@ -563,6 +569,8 @@ def make_critic(args, model) -> Critic:
     if args.critic is None:
         return Critic(copy.deepcopy(model.base_model), head)
     classifier, _ = load_model(args.critic, AutoModelForSequenceClassification, num_labels=1)
+    if not has_trained_head(classifier):
+        sys.exit(f"--critic {args.critic}: no trained classifier")
     head.weight = classifier.score.weight
     return Critic(classifier.base_model, head)
 
@@ -602,7 +610,7 @@ def token_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef) -> tor
 
 def gae(rewards, values, response_mask, gamma, lam) -> tuple[torch.Tensor, torch.Tensor]:
     """3 x (N, R) -> advantages and returns, 2 x (N, R), 0 outside the mask. arXiv 1506.02438, equation 16."""
-    values = values * response_mask
+    values = values * response_mask  # 0 after the last token
     advantages = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[:, 0])
     next_advantage = torch.zeros_like(rewards[:, 0])
@@ -671,23 +679,25 @@ def roll_out(args, policy, reference, critic, samples, micro_size, device) -> li
         logprobs = policy(rows, args.temperature)
         ref_logprobs = reference(rows, args.temperature)
         part = [logprobs, ref_logprobs, critic(rows), rows.response_mask]
-        # All parts get one width, that of the longest response there may be.
+        # Micro-batches differ in the length of their longest response: all get the greatest that there may be.
         missing = args.max_new_tokens - logprobs.shape[1]
         parts.append([torch.nn.functional.pad(tensor, (0, missing)) for tensor in part])
     return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
-def micro_batch_losses(args, policy, critic, rows, part) -> tuple[torch.Tensor, ...]:
-    """Means over the tokens: policy loss, value loss, and how far the policy has moved: KL, share clipped."""
+def micro_batch_losses(args, policy, critic, rows, part) -> dict[str, torch.Tensor]:
+    """Both losses, and how far the policy has moved: its KL from the old one, and the share of clipped ratios."""
     logprobs = policy(rows, args.temperature)
     values = critic(rows)
     mask = rows.response_mask
-    policy_loss = ppo_policy_loss(logprobs, part.old_logprobs, part.advantages, mask, args.cliprange)
-    value_loss = ppo_value_loss(values, part.old_values, part.returns, mask, args.cliprange_value)
     log_ratio = (logprobs - part.old_logprobs).detach()
-    approx_kl = masked_mean(log_ratio**2 / 2, mask)
-    clip_fraction = masked_mean((log_ratio.exp() - 1).abs() > args.cliprange, mask)
-    return policy_loss, value_loss, approx_kl, clip_fraction
+    is_clipped = (log_ratio.exp() - 1).abs() > args.cliprange
+    return {
+        "policy": ppo_policy_loss(logprobs, part.old_logprobs, part.advantages, mask, args.cliprange),
+        "value": ppo_value_loss(values, part.old_values, part.returns, mask, args.cliprange_value),
+        "approx_kl": masked_mean(log_ratio**2 / 2, mask),
+        "clip_fraction": masked_mean(is_clipped, mask),
+    }
 
 
 # ---- Evaluation ----
@@ -806,6 +816,7 @@ def main(args: Args) -> None:
         scorers["gold"] = load_scorer("--eval-reward", args.eval_reward, accelerator)
 
     # Policy, critic, reference and optimizer; with --resume, all but the reference go on from the checkpoint.
+    # model is what samples and is saved; policy is the same weights, wrapped for training by accelerate.
     longest = max(len(prompt.ids) for prompt in train + held_out) + args.max_new_tokens
     check_model(args, ResponseLogprobs(model), longest, "--max-prompt-length, --max-new-tokens")
     reference = make_reference(model, mixed_precision == "bf16")
@@ -889,10 +900,11 @@ def main(args: Args) -> None:
             samples.sort(key=lambda s: len(s.prompt.ids) + sum(map(len, s.responses)))
             scores = score_samples(scorers["score"], samples, device)
 
-            # A new head starts at the mean score: --cliprange-value would keep it from getting there soon.
+            # A new head starts at the mean score. From 0 it would be slow: a value that has moved by
+            # --cliprange-value has no gradient for the rest of the step.
             if step == 0 and args.critic is None:
-                mean_score = accelerator.reduce(scores.mean(), "mean").item()
-                torch.nn.init.constant_(local_critic.head.bias, mean_score)
+                start_value = accelerator.reduce(scores.mean(), "mean").item()
+                torch.nn.init.constant_(local_critic.head.bias, start_value)
 
             # Rewards, advantages and returns of the tokens.
             old = roll_out(args, policy, reference, critic, samples, micro_size, device)
@@ -905,12 +917,12 @@ def main(args: Args) -> None:
             # Update policy and critic. Each process makes minibatches of the prompts that it has sampled for.
             policy.train()  # gradient checkpointing works in train mode only
             critic.train()
-            minibatches = []
+            minibatches = []  # of all epochs: each the indices of its prompts
             for epoch in range(args.epochs):
                 shuffled = torch.randperm(size, generator=random_stream("minibatches", args.seed, step, epoch))
                 minibatches += shuffled.chunk(args.minibatches)
             grad_norms = []
-            statistics = []
+            weighted = []
             for minibatch in minibatches:
                 n_tokens = accelerator.reduce(select(batch, minibatch, args.k).response_mask.sum())
                 # Prompts are sorted by length: those of a micro-batch have rows of about the same length.
@@ -921,10 +933,12 @@ def main(args: Args) -> None:
                     rows = make_rows(prompt_ids, [s.responses for s in micro_samples], device)
                     with accelerator.accumulate(policy, critic):
                         losses = micro_batch_losses(args, policy, critic, rows, part)
-                        policy_loss, value_loss, *_ = losses
-                        # These are means over tokens, and accelerate takes the mean over micro-batches and processes.
-                        weight = rows.response_mask.sum() / n_tokens * micro_batches * accelerator.num_processes
-                        accelerator.backward(weight * (policy_loss + args.vf_coef * value_loss))
+                        loss = losses["policy"] + args.vf_coef * losses["value"]
+                        # A mean over the tokens of this pass becomes one over those of the minibatch: accelerate
+                        # divides gradients by the number of micro-batches and of processes.
+                        share = rows.response_mask.sum() / n_tokens
+                        weight = share * micro_batches * accelerator.num_processes
+                        accelerator.backward(weight * loss)
                         if accelerator.sync_gradients:
                             policy_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
                             critic_norm = accelerator.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
@@ -934,13 +948,13 @@ def main(args: Args) -> None:
                             grad_norms.append(grad_norm)
                         optimizer.step()
                         optimizer.zero_grad()
-                    statistics.append(weight * torch.stack(losses).detach())
+                    weighted.append(weight * torch.stack(list(losses.values())).detach())
             # Whoever changes the lines above: a micro-batch that is skipped would shift all later updates.
             assert len(grad_norms) == len(minibatches), "accelerate has skipped an update"
             done = step + 1
 
             # Log the means over all processes.
-            policy_loss, value_loss, approx_kl, clip_fraction = torch.stack(statistics).mean(0).tolist()
+            losses = dict(zip(losses, torch.stack(weighted).mean(0).tolist()))
             policy_norm, critic_norm = torch.stack(grad_norms).mean(0).tolist()
             mean_score = scores.mean().item()
             mean_kl = sequence_kl(old_logprobs, ref_logprobs, mask).mean().item()
@@ -949,10 +963,10 @@ def main(args: Args) -> None:
                 "objective/kl": mean_kl,
                 "objective/rlhf_reward": mean_score - args.kl_coef * mean_kl,
                 "objective/entropy": -masked_mean(old_logprobs, mask).item(),  # nats per token
-                "loss/policy": policy_loss,
-                "loss/value": value_loss,
-                "policy/approxkl": approx_kl,  # between the policy that sampled and the updated one
-                "policy/clipfrac": clip_fraction,  # tokens whose ratio is beyond --cliprange
+                "loss/policy": losses["policy"],
+                "loss/value": losses["value"],
+                "policy/approxkl": losses["approx_kl"],  # between the policy that sampled and the updated one
+                "policy/clipfrac": losses["clip_fraction"],  # tokens whose ratio is beyond --cliprange
                 "policy/grad_norm": policy_norm,
                 "val/grad_norm": critic_norm,
                 "val/response_length": sum(len(ids) for s in samples for ids in s.responses) / scores.numel(),
@@ -977,7 +991,7 @@ def main(args: Args) -> None:
             if signalled and done < args.total_steps:
                 sys.exit("stopped by a signal")
     except BaseException as error:
-        # Whatever ends the run, the weights after the last whole step are kept.
+        # Whatever ends the run, the weights are kept: after the last whole step, but for an error between updates.
         if is_main and done > first_step:
             save(f"checkpoint-{done}")
             print(f"\nKept the weights. To go on: --resume {output_dir}/checkpoint-{done}", file=sys.stderr)

@@ -30,7 +30,7 @@ Shapes: N = prompts · k responses of at most R tokens; B rows of at most T toke
 import copy
 import ctypes
 import dataclasses
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -670,6 +670,7 @@ def main(args: Args) -> None:
         scorers["gold"] = load_scorer("--eval-reward", args.eval_reward, accelerator)
 
     # Policy, reference and optimizer; with --resume, policy and optimizer go on from the checkpoint.
+    # model is what samples and is saved; policy is the same weights, wrapped for training by accelerate.
     longest = max(len(prompt.ids) for prompt in train + held_out) + args.max_new_tokens
     check_model(args, ResponseLogprobs(model), longest, "--max-prompt-length, --max-new-tokens")
     reference = make_reference(model, mixed_precision == "bf16")

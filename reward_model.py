@@ -26,7 +26,7 @@ Shapes: N answers of at most R tokens, M pairs of them; B rows of at most T toke
 
 import ctypes
 import dataclasses
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -181,7 +181,7 @@ def split_record(record, prompt_column) -> tuple:
         rejected = rejected[len(shared) :]
     if len(chosen) != 1 or len(rejected) != 1:
         return prompt, "", ""
-    return prompt, chosen[0]["content"], rejected[0]["content"]
+    return prompt, chosen[0]["content"] or "", rejected[0]["content"] or ""
 
 
 def shared_length(a, b) -> int:
@@ -256,11 +256,13 @@ def group_pairs(args, tokenizer, pairs) -> dict[str, Group]:
     for pair in pairs:
         answers = (pair.chosen, pair.rejected)
         texts = encode_answers(tokenizer, [tokenizer.eos_token_id], pair, answers)
-        if max(map(len, texts)) > args.max_length or texts[0] == texts[1] or texts[0][0] != texts[1][0]:
-            continue
         text = prompt_text(tokenizer, pair.prompt, pair.messages)
-        group = groups.setdefault(text, Group(pair.prompt, [], [], [], []))
-        ratings = [pair.columns.get("chosen_rating"), pair.columns.get("rejected_rating")]
+        group = groups.get(text, Group(pair.prompt, [], [], [], []))
+        first_tokens = {ids[0] for ids in texts + group.ids}  # a row's texts begin with the same token
+        if max(map(len, texts)) > args.max_length or texts[0] == texts[1] or len(first_tokens) > 1:
+            continue
+        groups[text] = group
+        ratings = [read_rating(pair.columns.get(name)) for name in ("chosen_rating", "rejected_rating")]
         for answer, ids, rating in zip(answers, texts, ratings):
             if answer not in group.answers:
                 group.answers.append(answer)
@@ -272,6 +274,13 @@ def group_pairs(args, tokenizer, pairs) -> dict[str, Group]:
         chosen, rejected = (group.answers.index(answer) for answer in answers)
         group.pairs.append((chosen, rejected, margin))
     return groups
+
+
+def read_rating(value) -> float | None:
+    """A number, or None where it is missing: null, NaN, or "" in a csv file."""
+    if value in (None, "") or math.isnan(float(value)):
+        return None
+    return float(value)
 
 
 def load_groups(args, accelerator, tokenizer) -> tuple[list[Group], list[Group]]:
@@ -341,11 +350,16 @@ def load_model(name: str, auto_class=AutoModelForCausalLM, **settings):
     return model, tokenizer
 
 
+def has_trained_head(classifier) -> bool:
+    """False where it was saved as another kind of model: then its head was drawn when it was loaded."""
+    return any("SequenceClassification" in name for name in classifier.config.architectures or [])
+
+
 def prepare_classifier(args, model, tokenizer, gain: float) -> None:
     """A new head where there is none, and what transformers needs to find a text's last token by itself."""
     if not hasattr(model, "score"):
         sys.exit(f"--model {args.model}: {type(model).__name__} has no head `score`; take one as Llama or Qwen")
-    if not any("SequenceClassification" in name for name in model.config.architectures or []):
+    if not has_trained_head(model):
         if args.eval_only and args.resume is None:
             sys.exit(f"--eval-only: --model {args.model} is no reward model")
         std = gain * model.score.in_features**-0.5  # from 0 an epoch learns less (arXiv 2403.17031)
@@ -355,6 +369,7 @@ def prepare_classifier(args, model, tokenizer, gain: float) -> None:
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     n_embeddings = max(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    torch.manual_seed(args.seed)  # of the padding token's embedding, which nothing reads
     model.resize_token_embeddings(n_embeddings, mean_resizing=False)
     model.get_input_embeddings().padding_idx = None  # it may be the EOS, and would keep it from learning
     model.config.pad_token_id = tokenizer.pad_token_id

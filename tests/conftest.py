@@ -67,6 +67,20 @@ def tiny(tmp_path_factory):
     return str(path)
 
 
+STOPS = [1, *range(150, 200)]
+
+
+@pytest.fixture(scope="session")
+def tiny_with_stops(tiny, tmp_path_factory):
+    """The same with more stop tokens than its tokenizer's EOS, so that responses are of every length."""
+    path = tmp_path_factory.mktemp("stops")
+    model = LlamaForCausalLM.from_pretrained(tiny)
+    model.generation_config.eos_token_id = STOPS[1:]
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def tiny_flags(tiny, tmp_path_factory):
     """A run of a second or two, with a score that a tiny model's babble moves: the share of lower-case letters."""

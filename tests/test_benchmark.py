@@ -21,6 +21,7 @@ import reward_model
 import rloo
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 import bag_of_words  # noqa: E402
 import baselines  # noqa: E402
 import compare  # noqa: E402
@@ -196,7 +197,7 @@ def test_bag_of_words_learns_a_word_and_reads_the_pairs_of_a_reward_model(tiny, 
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = main(bag_of_words, monkeypatch, capsys, "--model", tiny, "--dataset", tmp_path / "train.jsonl",
                 "--eval-dataset", tmp_path / "test.jsonl", "--max-length", 100)
-    assert text == "20 pairs, held out: 5; longer wins 0.000, bag of words 1.000\n"
+    assert text.splitlines(True)[-1] == "20 pairs, held out: 5; longer wins 0.000, bag of words 1.000\n"
 
 
 def test_data_makes_pairs_openings_and_messages(monkeypatch, capsys, tmp_path):

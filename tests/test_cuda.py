@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import byte_tokenizer, run_script, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_rows import FAMILIES, FIVE, SMALL
 
 import dpo
 import ppo
@@ -19,7 +20,6 @@ import reward_model_ordinal
 import rloo
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-TEXTS = [("question", ["answer", "longer answer", "no"]), ("q", ["a"]), ("what is it?", ["this and that", "nothing"])]
 
 
 @pytest.fixture(autouse=True)
@@ -29,32 +29,60 @@ def on_the_gpu(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True), GradientState._reset_state()  # the tests after these are the CPU's
 
 
-@pytest.mark.parametrize("extra", [{}, dict(model_type="mistral", sliding_window=5), dict(
-    model_type="gemma2", sliding_window=5, attn_logit_softcapping=5.0, query_pre_attn_scalar=8)], ids=lambda x: x.get("model_type", "llama"))
-def test_packed_texts_give_the_scores_and_gradients_of_the_cpu(extra):
-    """On a GPU a row's attention is one call, with a mask; with sliding windows or soft caps it goes text by text as on the CPU."""
-    options = dict(model_type="llama", vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
-                   num_key_value_heads=2, head_dim=8, initializer_range=0.3, pad_token_id=258, eos_token_id=1) | extra
+@pytest.mark.parametrize("labels", [1, 10])
+@pytest.mark.parametrize("name", FIVE)
+def test_answers_have_the_scores_and_gradients_of_the_cpu(name, labels):
+    """A group of 12 answers of 200 tokens is three rows; the others are short."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.for_model(**options)).eval()
-    tokenizer, results = byte_tokenizer(), {}
-    rows = [{"ids": [reward_model.encode_answer(tokenizer, prompt, x, False) for x in answers]} for prompt, answers in TEXTS]
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **FAMILIES[name], "num_labels": labels})
+    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa").eval()
+    texts = [torch.randint(2, 258, shape) for shape in ((12, 200), (3, 20), (1, 9))]
+    for group in texts:
+        group[:, :8] = group[0, :8].clone()  # the prompt
+    groups = [reward_model.Group("", [], group.tolist(), [], []) for group in texts]
+    results = {}
     for device in ("cpu", "cuda"):
         net = reward_model.AnswerLogits(copy.deepcopy(model).to(device))
-        logits = net(*reward_model.collate(rows, device))
+        rows = reward_model.group_rows(groups, device)
+        assert len(rows.ids) == 5
+        logits = net(rows)
         (logits * torch.arange(1.0, 1 + len(logits), device=device)[:, None]).sum().backward()
         results[device] = [logits.detach().cpu(), *(p.grad.cpu() for p in net.parameters() if p.grad is not None)]
     for a, b in zip(results["cpu"], results["cuda"], strict=True):
         assert torch.allclose(a, b, atol=1e-4 * (1 + a.abs().max()))
 
 
-def test_answers_have_the_log_probabilities_of_the_cpu():
-    tokenizer, values = byte_tokenizer(), {}
-    groups = [[tokenizer(x)["input_ids"] for x in (prompt, *answers)] for prompt, answers in TEXTS]
+@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_pairs_have_the_losses_and_gradients_of_the_cpu(make, loss_type):
+    tokenizer, examples, results = byte_tokenizer(), [], {}
+    for texts in (("question", "answer", "longer answer"), ("q", "a", "bc"), ("what is it?", "this and that", "no")):
+        prompt, *answers = (tokenizer(text)["input_ids"] for text in texts)
+        examples.append(dpo.Example(dpo.Prompt(prompt, None, {}), prompt, [ids + [1] for ids in answers]))
     for device in ("cpu", "cuda"):
-        net = dpo.AnswerLogps(tiny_llama().to(device))
-        values[device] = net(*dpo.pack(groups, device), 0.7).detach().cpu()
-    assert torch.allclose(values["cpu"], values["cuda"], atol=1e-3)
+        policy, reference = (dpo.ResponseLogprobs(make(seed=seed).to(device)) for seed in (0, 1))
+        values = dpo.pair_losses(dpo.Args(loss_type=loss_type), policy, reference.requires_grad_(False), examples, device)
+        values["loss/policy"].mean().backward()
+        results[device] = [*(x.detach().cpu() for x in values.values()), *(p.grad.cpu() for p in policy.parameters())]
+    for a, b in zip(results["cpu"], results["cuda"], strict=True):
+        assert torch.allclose(a, b, atol=1e-4 * (1 + a.abs().max()))
+
+
+def test_dpo_samples_answers_from_the_models_distribution():
+    """Of two prompts, one padded on the left: 258 first tokens, against the probabilities of the CPU."""
+    prompts, n, model = [[7, 8], [9, 10, 11, 12]], 20_000, tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= 0.2  # flatter: more than the 50 likeliest tokens matter
+    probabilities = [(model(torch.tensor([ids])).logits[0, -1] / 0.7).detach().softmax(0) for ids in prompts]
+    model.to("cuda").generation_config = transformers.GenerationConfig(do_sample=True, eos_token_id=[1])
+    torch.manual_seed(0)
+    args = dpo.Args(temperature=0.7, max_new_tokens=1)
+    samples = dpo.sample_answers(args, model, byte_tokenizer(), [dpo.Prompt(ids, None, {}) for ids in prompts] * n)
+    for i, expected in enumerate(probabilities):
+        counts = torch.bincount(torch.tensor([sample.responses[0][0] for sample in samples[i::2]]), minlength=258)
+        common = n * expected >= 5
+        chi2 = ((counts - n * expected) ** 2 / (n * expected))[common].sum()
+        assert torch.special.gammaincc(common.sum() / 2, chi2 / 2) > 1e-3
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -101,7 +129,7 @@ def test_the_critic_has_the_values_and_gradients_of_the_cpu(make):
 def test_runs_train_and_resume(script, precision, tiny, tiny_flags, tmp_path):
     """In fp32 the first step's gradient norm is the CPU's within 1 %, and its loss; every curve is finite; a resumed run ends where the whole one did."""
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(dict(prompt=f"q{i}", chosen="ab" * (1 + i % 3), rejected="12")) + "\n" for i in range(20)))
-    pairs = ["--model", tiny, "--dataset", str(tmp_path / "pairs.jsonl"), "--eval-prompts", "4", "--prompts-per-step", "4", "--micro-batch-size", "2",
+    pairs = ["--model", tiny, "--dataset", str(tmp_path / "pairs.jsonl"), "--eval-prompts", "4", "--pairs-per-step" if script is dpo else "--prompts-per-step", "4", "--micro-batch-size", "2",
              "--total-steps", "4", "--eval-every", "2", "--learning-rate", "1e-3", *(["--max-new-tokens", "8"] if script is dpo else [])]
     flags = [*(tiny_flags if script in (reinforce, rloo, ppo) else pairs), "--precision", precision, "--save-every", "2"]
     run_script(script, *flags, "--output-dir", tmp_path / "gpu")

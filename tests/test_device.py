@@ -97,7 +97,8 @@ def main(script, flags, change):
 
 
 RUNS = {name: (f"{name}.py", (), None) for name in ("reinforce", "rloo", "ppo", "dpo", "reward_model", "reward_model_ordinal")}
-RUNS["reference away"] = "dpo.py", ("--precompute-ref",), None
+RUNS["simpo"] = "dpo.py", ("--loss-type", "simpo"), None
+RUNS["margin"] = "reward_model.py", ("--margin",), None
 RUNS["left behind"] = "rloo.py", (), ("uniforms = uniforms.to(device)", "pass")
 
 
@@ -105,13 +106,15 @@ RUNS["left behind"] = "rloo.py", (), ("uniforms = uniforms.to(device)", "pass")
 def errors(tiny, tiny_flags, tmp_path_factory):
     """What each run ended with, None being well. All in one process that is not this one."""
     folder = tmp_path_factory.mktemp("device")
-    (folder / "pairs.jsonl").write_text("".join(f'{{"prompt": "q{i}", "chosen": "abc{"d" * (i % 3)}", "rejected": "123"}}\n' for i in range(8)))
+    rows = [dict(prompt=f"q{i}", chosen="abc" + "d" * (i % 3), rejected=x, chosen_rating=3, rejected_rating=len(x)) for i in range(8) for x in ("1", "23")]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     few = ["--eval-prompts", "4", "--prompts-per-step", "2", "--micro-batch-size", "1"]
     rl = [*tiny_flags, *few, "--total-steps", "1", "--max-new-tokens", "4"]
     pairs = ["--model", tiny, "--dataset", str(folder / "pairs.jsonl"), "--precision", "fp32", *few]
+    of_dpo = [flag.replace("--prompts-per-step", "--pairs-per-step") for flag in pairs] + ["--max-new-tokens", "4", "--total-steps", "2"]
+    flags = {"reinforce.py": rl, "rloo.py": rl, "ppo.py": rl, "dpo.py": of_dpo, "reward_model.py": pairs, "reward_model_ordinal.py": pairs}
     jobs = [(str(pathlib.Path(__file__).parent.parent / script),
-             [*(rl if script in ("reinforce.py", "rloo.py", "ppo.py") else pairs), *(("--max-new-tokens", "4") if script == "dpo.py" else ()),
-              *more, "--output-dir", str(folder / name)], change) for name, (script, more, change) in RUNS.items()]
+             [*flags[script], *more, "--output-dir", str(folder / name)], change) for name, (script, more, change) in RUNS.items()]
     (folder / "jobs").write_text(json.dumps(jobs))
     result = subprocess.run([sys.executable, __file__, str(folder / "jobs")], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]

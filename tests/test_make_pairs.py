@@ -67,7 +67,7 @@ def test_ones_own_model_prompts_and_scorer(scorer, fails, tiny, tmp_path):
     make_pairs.main(args)
     pairs = read(args.out)
     prompts = list(dict.fromkeys(pair["prompt"] for pair in pairs))
-    assert len(prompts) > 2 and prompts == [f"say {i}" for i in range(5) if f"say {i}" in prompts]
+    assert len(prompts) > 2 and set(prompts) <= {f"say {i}" for i in range(5)}
     for pair in pairs:
         assert pair["chosen_rating"] == pytest.approx(len(pair["chosen"]) % 7)
         assert pair["chosen_rating"] - pair["rejected_rating"] >= 0.1

@@ -194,7 +194,8 @@ def test_losses_of_a_micro_batch_golden():
         return ratio.log()
 
     losses = ppo.micro_batch_losses(args, policy, lambda rows: values, rows, part)
-    policy_loss, value_loss, approx_kl, clip_fraction = [loss.item() for loss in losses]
+    policy_loss, value_loss, approx_kl, clip_fraction = [loss.item() for loss in losses.values()]
+    assert list(losses) == ["policy", "value", "approx_kl", "clip_fraction"]
     assert policy_loss == pytest.approx(-(1.3 - 0.7 + 2 - 3.3 + 3.6) / 5)
     assert value_loss == pytest.approx((1.5**2 + 3**2 + 0.5**2) / 2 / 5)
     logs = [math.log(x) ** 2 / 2 for x in (1.5, 0.5, 1.0, 1.1, 0.9)]
@@ -202,15 +203,34 @@ def test_losses_of_a_micro_batch_golden():
     assert clip_fraction == pytest.approx(2 / 5)
 
 
+@pytest.mark.parametrize("labels", [0, 10])
+def test_a_critic_must_be_a_trained_classifier_of_one_label(labels, tiny, tiny_flags, tmp_path):
+    critic = tiny
+    if labels:
+        critic = tmp_path / "rm"
+        AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=labels).save_pretrained(critic)
+        byte_tokenizer().save_pretrained(critic)
+    with pytest.raises(
+        RuntimeError if labels else SystemExit, match="ignore_mismatched_sizes" if labels else "no trained classifier"
+    ):
+        run_script(ppo, *tiny_flags, "--critic", critic, "--output-dir", tmp_path / "o")
+
+
 # ---- runs
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_flags, tmp_path_factory):
+def flags(tiny_flags, tiny_with_stops):
+    """Of runs whose responses are of every length: means over tokens are not means over responses."""
+    return [*tiny_flags, "--model", tiny_with_stops, "--kl-coef", 0.5]
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory):
     out = tmp_path_factory.mktemp("ppo") / "a"
-    flags = "--kl-coef 0.5 --epochs 2 --minibatches 2 --micro-batch-size 2 --save-every 1".split()
-    run_script(ppo, *tiny_flags, *flags, "--output-dir", out)
-    return [*tiny_flags, *flags], out
+    flags = [*flags, *"--epochs 2 --minibatches 2 --micro-batch-size 2 --save-every 1".split()]
+    run_script(ppo, *flags, "--output-dir", out)
+    return flags, out
 
 
 def weights(checkpoint):
@@ -250,13 +270,13 @@ def test_resume_is_bit_exact_the_critic_included(finished, tmp_path, step):
 
 
 @pytest.fixture(scope="module")
-def one_update(tiny_flags, tmp_path_factory):
+def one_update(flags, tmp_path_factory):
     """A step of one update: where the new policy is the old one still."""
 
-    def go(*flags):
+    def go(*more):
         out = tmp_path_factory.mktemp("ppo") / "o"
-        settings = "--kl-coef 0.5 --epochs 1 --minibatches 1 --total-steps 1".split()
-        run_script(ppo, *tiny_flags, *settings, *flags, "--output-dir", out)
+        settings = "--epochs 1 --minibatches 1 --total-steps 1".split()
+        run_script(ppo, *flags, *settings, *more, "--output-dir", out)
         return out
 
     return go, go()
@@ -276,7 +296,7 @@ def test_unchanged_weights_keep_the_ratio_at_one_in_other_minibatches(one_update
     assert scalars(out, "policy/approxkl")[0] < tolerance**2
 
 
-def test_clipfrac_and_approxkl_are_of_the_second_update(tiny_flags, tmp_path, monkeypatch):
+def test_clipfrac_and_approxkl_are_of_the_second_update(flags, tmp_path, monkeypatch):
     """approxkl is the mean of half the squared log-ratio (k2), clipfrac the share of ratios over 0.2 from 1."""
     log_ratios = []
     real = ppo.ppo_policy_loss
@@ -286,8 +306,8 @@ def test_clipfrac_and_approxkl_are_of_the_second_update(tiny_flags, tmp_path, mo
         return real(logprobs, old_logprobs, advantages, mask, cliprange)
 
     monkeypatch.setattr(ppo, "ppo_policy_loss", record)
-    flags = "--epochs 2 --minibatches 1 --micro-batch-size 4 --total-steps 1 --learning-rate 0.03 --warmup-steps 0"
-    run_script(ppo, *tiny_flags, *flags.split(), "--output-dir", tmp_path / "o")
+    more = "--epochs 2 --minibatches 1 --micro-batch-size 4 --total-steps 1 --learning-rate 0.03 --warmup-steps 0"
+    run_script(ppo, *flags, *more.split(), "--output-dir", tmp_path / "o")
     first, second = log_ratios
     assert not first.any()
     approx_kl = (second**2).mean().item() / 2
@@ -311,12 +331,12 @@ def record_samples():
     return seen
 
 
-def test_an_epoch_trains_on_every_sample_once(tiny_flags, tmp_path, monkeypatch):
+def test_an_epoch_trains_on_every_sample_once(flags, tmp_path, monkeypatch):
     """In two minibatches: together the samples of the step; and advantages, whitened over the step, have mean 0."""
     monkeypatch.setattr(ppo, "ppo_policy_loss", ppo.ppo_policy_loss)  # to be put back
     seen = record_samples()
-    flags = "--epochs 2 --minibatches 2 --prompts-per-step 8 --total-steps 1".split()
-    run_script(ppo, *tiny_flags, *flags, "--output-dir", tmp_path / "o")
+    more = "--epochs 2 --minibatches 2 --prompts-per-step 8 --total-steps 1".split()
+    run_script(ppo, *flags, *more, "--output-dir", tmp_path / "o")
     assert len(seen) == 2 * 2 * 2  # epochs, minibatches, micro-batches
     first, second = (sum((responses for responses, _ in seen[i : i + 4]), []) for i in (0, 4))
     assert len(set(first)) == 8 * 4
@@ -387,22 +407,21 @@ def test_gradient_checkpointing_gives_the_same_step(one_update):
     assert torch.equal(gradient(a), gradient(b))
 
 
-def test_two_processes_equal_one(one_update, tiny_flags, tmp_path):
+def test_two_processes_equal_one(one_update, flags, tmp_path):
     """With two updates, the second of which begins where the first ended."""
-    flags = ["--epochs", 2, "--prompts-per-step", 8]
-    settings = "--kl-coef 0.5 --minibatches 1 --total-steps 1".split()
-    run_in_two_processes(ppo, *tiny_flags, *settings, *flags, "--output-dir", tmp_path / "o")
+    more = ["--epochs", 2, "--prompts-per-step", 8]
+    run_in_two_processes(ppo, *flags, "--minibatches", 1, "--total-steps", 1, *more, "--output-dir", tmp_path / "o")
     go, _ = one_update
-    expected = go(*flags)
+    expected = go(*more)
     assert close(tmp_path / "o", expected)
-    assert not close(tmp_path / "o", go(*flags, "--seed", 2))
+    assert not close(tmp_path / "o", go(*more, "--seed", 2))
     for tag in ("loss/policy", "loss/value", "objective/rlhf_reward", "policy/approxkl", "policy/clipfrac"):
         assert scalars(tmp_path / "o", tag) == pytest.approx(scalars(expected, tag), abs=1e-5)
     bias = [weights(out / "final")["critic.head.bias"] for out in (tmp_path / "o", expected)]
     assert torch.allclose(*bias, atol=1e-5)  # it starts at the mean score of all processes
 
 
-def test_two_processes_with_minibatches_train_on_every_sample_once_an_epoch(tiny_flags, tmp_path):
+def test_two_processes_with_minibatches_train_on_every_sample_once_an_epoch(flags, tmp_path):
     """Each shuffles its own share; both make as many updates."""
     folders = [str(Path(ppo.__file__).parent), str(Path(__file__).parent)]
     (tmp_path / "recorded.py").write_text(f"""
@@ -414,8 +433,8 @@ ppo.main(ppo.parse_args())
 with open(os.path.join({str(tmp_path)!r}, os.environ["RANK"]), "w") as file:
     json.dump(seen, file)
 """)
-    flags = "--epochs 2 --minibatches 2 --prompts-per-step 8 --total-steps 1 --eval-prompts 0".split()
-    run_in_two_processes(tmp_path / "recorded.py", *tiny_flags, *flags, "--output-dir", tmp_path / "o")
+    more = "--epochs 2 --minibatches 2 --prompts-per-step 8 --total-steps 1 --eval-prompts 0".split()
+    run_in_two_processes(tmp_path / "recorded.py", *flags, *more, "--output-dir", tmp_path / "o")
     samples = set()
     advantages = 0.0
     for rank in "01":
@@ -471,7 +490,7 @@ def test_without_a_classifier_it_starts_from_the_policy_and_the_mean_score(one_u
     assert len(critic) == len(policy) + 2
     assert not critic["head.weight"].any()
     mean_score = scalars(out, "objective/scores")[0]
-    assert mean_score > 0.05
+    assert mean_score > 0.01
     assert critic["head.bias"].item() == pytest.approx(mean_score, abs=1e-6)
 
 

@@ -61,9 +61,10 @@ def test_any_constant_baseline_has_the_exact_expected_gradient(baseline):
 
 
 @pytest.fixture(scope="module", params=["moving_average", "none"])
-def finished(request, tiny_flags, tmp_path_factory):
+def finished(request, tiny_flags, tiny_with_stops, tmp_path_factory):
     out = tmp_path_factory.mktemp("reinforce") / "a"
-    flags = [*tiny_flags, "--baseline", request.param, *"--baseline-decay 0.6 --kl-coef 0.5 --save-every 1".split()]
+    flags = f"--model {tiny_with_stops} --baseline {request.param} --baseline-decay 0.6 --kl-coef 0.5 --save-every 1"
+    flags = [*tiny_flags, *flags.split()]
     run_script(reinforce, *flags, "--output-dir", out)
     return request.param, flags, out
 
@@ -129,6 +130,8 @@ def test_two_processes_equal_one(finished, tmp_path):
     assert grad_norm(tmp_path / "o") == pytest.approx(grad_norm(out), rel=1e-4)
     used = scalars(tmp_path / "o", "objective/baseline")
     assert used == pytest.approx(scalars(out, "objective/baseline")[:2], abs=1e-4)
+    states = [torch.load(folder / "checkpoint-1/trainer_state.pt") for folder in (tmp_path / "o", out)]
+    assert states[0]["baseline"] == pytest.approx(states[1]["baseline"], abs=1e-5)  # of all processes, in each
     expected = first_gradient(out)
     assert (first_gradient(tmp_path / "o") - expected).abs().max() < 1e-5 * expected.abs().max()
 

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import byte_tokenizer, moments, plain_logprobs, run_script, scalars
+from conftest import STOPS, byte_tokenizer, moments, plain_logprobs, run_script, scalars
 from transformers import AutoModel, AutoModelForCausalLM
 
 import ppo
@@ -14,7 +14,6 @@ import rloo
 
 SCRIPTS = pytest.mark.parametrize("script", [reinforce, rloo, ppo], ids=lambda script: script.__name__)
 TEMPERATURE, KL_COEF, DECAY, GAMMA, LAM, VF_COEF, K = 0.7, 0.5, 0.8, 0.9, 0.6, 0.3, 3
-STOPS = [1, *range(150, 200)]
 MORE = {
     reinforce: ["--baseline-decay", DECAY],
     rloo: [],
@@ -26,17 +25,6 @@ def number(prompt, text, weight):
 def score(prompts, completions, weight, **columns):
     return [number(*answer) for answer in zip(prompts, completions, weight)]
 """
-
-
-@pytest.fixture(scope="module")
-def tiny_with_stops(tiny, tmp_path_factory):
-    """A model with stop tokens besides its tokenizer's EOS, so that responses are of every length."""
-    path = tmp_path_factory.mktemp("stops")
-    model = AutoModelForCausalLM.from_pretrained(tiny)
-    model.generation_config.eos_token_id = STOPS[1:]
-    model.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.fixture
