@@ -77,7 +77,7 @@ class Args:
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 100  # optimizer steps; 0: once over all pairs
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
-    eval_prompts: int = 60  # held out with all their pairs (built-in: 10 per subject); so many are answered
+    eval_prompts: int = 60  # held out (built-in: 10 per subject): a pair and a new answer of each are evaluated
     eval_every: int = 50  # steps between evaluations; there is always one before and one after
     eval_only: bool = False  # evaluate --model (with --resume: the checkpoint beside its reference) and stop
     save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last is saved as final/
@@ -180,7 +180,7 @@ def split_record(record, prompt_column) -> tuple:
     prompt = record.get(prompt_column)
     chosen = record["chosen"] or ""
     rejected = record["rejected"] or ""
-    shared = chosen[: shared_length(chosen, rejected)]
+    shared = chosen[: shared_length(chosen, rejected)]  # a text or messages, as the answers are
     if isinstance(chosen, str):
         if prompt is None:
             before, marker, _ = shared.rpartition("\n\nAssistant:")
@@ -188,7 +188,7 @@ def split_record(record, prompt_column) -> tuple:
             chosen = chosen[len(prompt) :]
             rejected = rejected[len(prompt) :]
         return prompt, chosen, rejected
-    # Messages: one answer each, behind a prompt that may stand there too.
+    # Messages: one answer each. If a conversation begins with another role, it holds the prompt, too.
     if prompt is None or chosen[0]["role"] != "assistant":
         prompt = shared
         chosen = chosen[len(shared) :]
@@ -245,13 +245,13 @@ def answer_text(tokenizer, pair, answer) -> str:
 
 def encode_answers(tokenizer, eos_ids, pair, answers) -> list[list[int]]:
     """Token ids of prompt and answer as one text, for each answer, with an EOS at the end."""
-    texts = []
+    encoded = []
     for answer in answers:
         ids = encode(tokenizer, answer_text(tokenizer, pair, answer), is_chat=pair.messages is not None)
         if ids[-1] not in eos_ids:
             ids.append(tokenizer.eos_token_id)
-        texts.append(ids)
-    return texts
+        encoded.append(ids)
+    return encoded
 
 
 class Example(NamedTuple):
@@ -268,14 +268,14 @@ def encode_pairs(args, tokenizer, eos_ids, pairs) -> dict[str, list[Example]]:
     for pair in pairs:
         text = prompt_text(tokenizer, pair.prompt, pair.messages)
         if not answer_text(tokenizer, pair, pair.chosen).startswith(text):
-            sys.exit(f"--model {args.model}: its chat template writes no answer behind {text[-40:]!r}")
+            sys.exit(f"--model {args.model}: its chat template does not go on from {text[-40:]!r} (<think>?)")
         prompt_ids = encode(tokenizer, text, is_chat=pair.messages is not None)
-        texts = encode_answers(tokenizer, eos_ids, pair, [pair.chosen, pair.rejected])
+        whole = encode_answers(tokenizer, eos_ids, pair, [pair.chosen, pair.rejected])
         # The end of the prompt and the beginning of an answer may be one token of the whole text.
-        n_shared = min(shared_length(prompt_ids, ids) for ids in texts)
-        if n_shared > 0 and max(map(len, texts)) <= args.max_length and texts[0] != texts[1]:
+        n_shared = min(shared_length(prompt_ids, ids) for ids in whole)
+        if n_shared > 0 and max(map(len, whole)) <= args.max_length and whole[0] != whole[1]:
             prompt = Prompt(prompt_ids, pair.messages, pair.columns)
-            example = Example(prompt, prompt_ids[:n_shared], [ids[n_shared:] for ids in texts])
+            example = Example(prompt, prompt_ids[:n_shared], [ids[n_shared:] for ids in whole])
             by_prompt.setdefault(text, []).append(example)
     return by_prompt
 
@@ -292,6 +292,8 @@ def load_pairs(args, accelerator, tokenizer, eos_ids) -> tuple[list[Example], li
         held_out_by_prompt = encode_pairs(args, tokenizer, eos_ids, pairs)
         train = [examples for text, examples in by_prompt.items() if text not in held_out_by_prompt]
         held_out = sum(held_out_by_prompt.values(), [])
+    if len(train) + len(held_out) == 0:
+        sys.exit("--dataset: no pairs left; see --max-length")
     if len(train) == 0 and not args.eval_only:
         sys.exit("--dataset: no pairs left to train on; see --max-length, --eval-dataset")
     return sum(train, []), held_out
@@ -552,7 +554,8 @@ def dpo_loss(
     loss_if_right = -logsigmoid(margins)
     loss_if_wrong = -logsigmoid(-margins)
     if loss_type == "ipo":
-        losses = (margins / beta - 1 / (2 * beta)) ** 2
+        h = margins / beta
+        losses = (h - 1 / (2 * beta)) ** 2
     elif loss_type == "hinge":
         losses = (1 - margins).relu()
     elif loss_type == "robust":
@@ -568,7 +571,7 @@ def pair_logps(args, model, rows) -> torch.Tensor:
     logps = model(rows).sum(1)
     if args.loss_type == "simpo":
         logps = logps / rows.response_mask.sum(1)
-    return logps.view(-1, 2)
+    return logps.view(-1, 2)  # the answers of a pair are neighbours
 
 
 def means_of(parts: list[dict]) -> dict[str, float]:
@@ -658,8 +661,8 @@ def evaluate_pairs(args, accelerator, policy, reference, examples) -> dict[str, 
 def evaluate_answers(args, accelerator, policy, reference, tokenizer, prompts, scorer) -> Evaluation:
     """One answer to each prompt, by every process, from the same random numbers every time."""
     policy.model.eval()  # a KV cache is kept in eval mode only
-    torch.manual_seed(args.seed)
-    size = args.micro_batch_size // accelerator.num_processes * 4  # without gradients four times as much fits
+    torch.manual_seed(args.seed)  # training draws no random numbers
+    size = args.micro_batch_size // accelerator.num_processes * 4  # pairs; without gradients more fits
     samples = []
     kl = []
     for start in tqdm(range(0, len(prompts), size), desc="answering", leave=False):
@@ -763,7 +766,8 @@ def main(args: Args) -> None:
     # Policy, reference and optimizer; with --resume, policy and optimizer go on from the checkpoint.
     # model is what samples and is saved; policy is the same weights, wrapped for training by accelerate.
     longest = max(len(e.start) + max(map(len, e.answers)) for e in train + held_out)
-    answered = [e.prompt for e in held_out[: max(1, args.eval_prompts)]]
+    prompts = {tuple(e.prompt.ids): e.prompt for e in held_out}  # once, where --eval-dataset has several pairs
+    answered = list(prompts.values())[: max(1, args.eval_prompts)]
     longest_answered = max((len(prompt.ids) + args.max_new_tokens for prompt in answered), default=0)
     check_model(args, ResponseLogprobs(model), max(longest, longest_answered), "--max-length, --max-new-tokens")
     reference = make_reference(model, mixed_precision == "bf16")
@@ -780,9 +784,9 @@ def main(args: Args) -> None:
         first_step = state["step"]
     done = first_step  # whole steps
 
-    def run_evaluation(policy):
-        means = evaluate_pairs(args, accelerator, policy, reference, held_out)
-        answers = evaluate_answers(args, accelerator, policy, reference, tokenizer, answered, scorer)
+    def run_evaluation(network):
+        means = evaluate_pairs(args, accelerator, network, reference, held_out)
+        answers = evaluate_answers(args, accelerator, network, reference, tokenizer, answered, scorer)
         return answers._replace(means={**means, **answers.means})
 
     def save(name):
@@ -836,8 +840,8 @@ def main(args: Args) -> None:
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # Update the policy once. A micro-batch holds pairs whose rows have about the same length.
-            chosen = order[step * args.pairs_per_step : (step + 1) * args.pairs_per_step][share]
-            examples = [train[i] for i in chosen]
+            indices = order[step * args.pairs_per_step : (step + 1) * args.pairs_per_step][share]
+            examples = [train[i] for i in indices]
             examples.sort(key=lambda e: len(e.start) + sum(map(len, e.answers)))
             policy.train()  # gradient checkpointing works in train mode only
             grad_norm = None

@@ -59,7 +59,7 @@ class Args:
     chat: bool = False  # string prompts are user messages, for the chat template (the built-in always are)
     eval_dataset: str | None = None  # pairs held out; default: those of --eval-prompts prompts of the dataset
     eval_split: str = "train"  # split of --eval-dataset
-    margin: bool = False  # ask for r_w - r_l > chosen_rating - rejected_rating, columns of the dataset
+    margin: bool = False  # the loss is of r_w - r_l - (chosen_rating - rejected_rating), columns of the dataset
     center_coef: float = 0.01  # weight of (r_w + r_l)^2
     max_length: int = 512  # pairs with a longer text, prompt and answer, in tokens, are dropped
     prompts_per_step: int = 4  # prompts, with all their answers, in an optimizer step, over all processes
@@ -166,7 +166,7 @@ def split_record(record, prompt_column) -> tuple:
     prompt = record.get(prompt_column)
     chosen = record["chosen"] or ""
     rejected = record["rejected"] or ""
-    shared = chosen[: shared_length(chosen, rejected)]
+    shared = chosen[: shared_length(chosen, rejected)]  # a text or messages, as the answers are
     if isinstance(chosen, str):
         if prompt is None:
             before, marker, _ = shared.rpartition("\n\nAssistant:")
@@ -174,7 +174,7 @@ def split_record(record, prompt_column) -> tuple:
             chosen = chosen[len(prompt) :]
             rejected = rejected[len(prompt) :]
         return prompt, chosen, rejected
-    # Messages: one answer each, behind a prompt that may stand there too.
+    # Messages: one answer each. If a conversation begins with another role, it holds the prompt, too.
     if prompt is None or chosen[0]["role"] != "assistant":
         prompt = shared
         chosen = chosen[len(shared) :]
@@ -231,13 +231,13 @@ def answer_text(tokenizer, pair, answer) -> str:
 
 def encode_answers(tokenizer, eos_ids, pair, answers) -> list[list[int]]:
     """Token ids of prompt and answer as one text, for each answer, with an EOS at the end."""
-    texts = []
+    encoded = []
     for answer in answers:
         ids = encode(tokenizer, answer_text(tokenizer, pair, answer), is_chat=pair.messages is not None)
         if ids[-1] not in eos_ids:
             ids.append(tokenizer.eos_token_id)
-        texts.append(ids)
-    return texts
+        encoded.append(ids)
+    return encoded
 
 
 class Group(NamedTuple):
@@ -371,7 +371,7 @@ def prepare_classifier(args, model, tokenizer, gain: float) -> None:
     n_embeddings = max(len(tokenizer), model.get_input_embeddings().num_embeddings)
     torch.manual_seed(args.seed)  # of the padding token's embedding, which nothing reads
     model.resize_token_embeddings(n_embeddings, mean_resizing=False)
-    model.get_input_embeddings().padding_idx = None  # it may be the EOS, and would keep it from learning
+    model.get_input_embeddings().padding_idx = None  # it may have been the EOS, and would keep that from learning
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
@@ -457,7 +457,7 @@ class AnswerLogits(torch.nn.Module):
             position_ids=rows.positions,
             use_cache=False,
         ).last_hidden_state
-        # An answer ends where the next token is of none: of the prompt, of padding, or missing.
+        # An answer ends where the next token is of no answer, or where there is none.
         next_is_response = torch.nn.functional.pad(rows.is_response[:, 1:], (0, 1))
         last = hidden[rows.is_response & ~next_is_response].float()
         with torch.autocast(last.device.type, enabled=False):  # scores in bf16 would have 8 bits
@@ -574,7 +574,10 @@ def evaluation_means(losses, scores, pairs, groups) -> dict[str, float]:
     for name, values in pair_metrics(losses, scores, pairs).items():
         means[name] = values.mean().item()
     # A baseline: the longer answer wins.
-    lengths = torch.tensor(sum([list(map(len, group.ids)) for group in groups], []))
+    lengths = []
+    for group in groups:
+        lengths += [len(ids) for ids in group.ids]
+    lengths = torch.tensor(lengths)
     means["longer_wins"] = (lengths[pairs.chosen] > lengths[pairs.rejected]).float().mean().item()
     correlations = []
     for group, own_scores in zip(groups, scores.split([len(group.answers) for group in groups])):
@@ -760,9 +763,9 @@ def main(args: Args) -> None:
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # Update once. A micro-batch holds prompts whose rows have about the same length.
-            chosen = order[step * args.prompts_per_step : (step + 1) * args.prompts_per_step]
-            n_pairs = sum(len(train[i].pairs) for i in chosen)  # of the step, over all processes
-            groups = [train[i] for i in chosen[share]]
+            indices = order[step * args.prompts_per_step : (step + 1) * args.prompts_per_step]
+            n_pairs = sum(len(train[i].pairs) for i in indices)  # of the step, over all processes
+            groups = [train[i] for i in indices[share]]
             groups.sort(key=lambda group: sum(map(len, group.ids)))
             network.train()  # gradient checkpointing works in train mode only
             grad_norm = None

@@ -684,8 +684,8 @@ def main(args: Args) -> None:
         first_step = state["step"]
     done = first_step  # whole steps
 
-    def run_evaluation(policy):
-        return evaluate(args, accelerator, policy, reference, tokenizer, held_out, scorers)
+    def run_evaluation(network):
+        return evaluate(args, accelerator, network, reference, tokenizer, held_out, scorers)
 
     def save(name):
         state = {"step": done, "optimizer": optimizer.state_dict()}
@@ -738,11 +738,11 @@ def main(args: Args) -> None:
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # Sample k responses to each prompt, and score them.
-            chosen = order[step * args.prompts_per_step : (step + 1) * args.prompts_per_step][share]
+            indices = order[step * args.prompts_per_step : (step + 1) * args.prompts_per_step][share]
             shape = (args.prompts_per_step, args.k, args.max_new_tokens)
             uniforms = torch.rand(shape, generator=random_stream("samples", args.seed, step))
             uniforms = uniforms[share].flatten(0, 1)
-            prompts = [train[i] for i in chosen]
+            prompts = [train[i] for i in indices]
             samples = sample_responses(args, accelerator, model, tokenizer, prompts, args.k, uniforms)
             samples.sort(key=lambda s: len(s.prompt.ids) + sum(map(len, s.responses)))
             scores = score_samples(scorers["score"], samples, device)

@@ -11,7 +11,7 @@
 
 Reads a saved model of either kind. Of an ordinal one, whose answers may tie: P(w > l) / (P(w > l) + P(l > w)).
 Every pair counts both ways, as w > l, which is true, and as l > w, which is not. Expected calibration error: the mean
-over these of |P - share that is true| in ten bins of P. Writes SAVE.png.
+over these of |mean P - share that is true| of the bin they fall into, ten bins of P.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def parse_args():
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    parser.add_argument("--save", type=Path, required=True)
+    parser.add_argument("--save", type=Path, help="write SAVE.png")
     args = parser.parse_args()
     save = args.save
     del args.save
@@ -145,7 +145,8 @@ def main():
     ratings = sum([group.ratings for group in groups], [])
     if ordinal and any(rating is not None for rating in ratings):
         print(grade_table(logits, ratings))
-    draw(calibration, save.with_suffix(".png"))
+    if save is not None:
+        draw(calibration, save.with_suffix(".png"))
 
 
 if __name__ == "__main__":

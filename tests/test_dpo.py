@@ -4,6 +4,7 @@ import csv
 import gzip
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -429,10 +430,9 @@ def test_file_formats(tmp_path, monkeypatch, name):
     if "json" in name:
         text = "".join(json.dumps(dict(zip(columns, row))) + "\n" for row in rows)
     elif "sv" in name:
-        lines = types.SimpleNamespace(text="")
-        lines.write = lambda line: setattr(lines, "text", lines.text + line)
+        lines = io.StringIO(newline="")
         csv.writer(lines, delimiter="\t" if "tsv" in name else ",").writerows([columns, *rows])
-        text = lines.text
+        text = lines.getvalue()
     if "parquet" in name:
         pandas.DataFrame(rows, columns=columns).to_parquet(path)
     elif name.endswith(".gz"):
@@ -546,13 +546,8 @@ def test_an_evaluation_data_set_is_held_out_whole(write_jsonl):
     assert len(held_out) == 40 and train == []
 
 
-@pytest.fixture(scope="module")
-def built_in():
-    return load_pairs()
-
-
-def test_the_built_in_pairs_hold_out_the_last_six_subjects(built_in):
-    train, held_out = built_in
+def test_the_built_in_pairs_hold_out_the_last_six_subjects():
+    train, held_out = load_pairs()
     last = [request.format(s) for s in rloo.SUBJECTS.split(", ")[-6:] for request in rloo.REQUESTS.split("|")]
     assert [e.prompt.columns["prompt"] for e in held_out] == last
     assert {e.prompt.columns["prompt"] for e in train} == set(rloo.BUILT_IN) - set(last)
@@ -756,7 +751,7 @@ def test_a_template_that_has_the_thought_in_its_prompt_is_refused(name, flags, w
     byte_tokenizer(R1).save_pretrained(tmp_path / "m")
     more = ["--model", tmp_path / "m", "--dataset", data, "--chat", "--output-dir", tmp_path / "o"]
     message = refused(*flags, *more)
-    assert message.startswith(f"--model {tmp_path}/m: its chat template writes no answer behind ")
+    assert message.startswith(f"--model {tmp_path}/m: its chat template does not go on from ")
 
 
 # ---- whole runs
@@ -943,8 +938,17 @@ def test_micro_batches_and_processes_change_nothing(how, finished, flags, tmp_pa
         assert scalars(tmp_path / "o", f"eval/{tag}")[0] == pytest.approx(scalars(finished, f"eval/{tag}")[0], abs=1e-5)
 
 
-def test_gradient_checkpointing_is_the_same_run(finished, flags, tmp_path):
+def test_gradient_checkpointing_is_the_same_run(finished, flags, tmp_path, monkeypatch):
+    """And answers are sampled in eval mode, where it leaves transformers its KV cache."""
+    modes, real = [], dpo.sample_answers
+
+    def record(args, model, *rest):
+        modes.append(model.training)
+        return real(args, model, *rest)
+
+    monkeypatch.setattr(dpo, "sample_answers", record)
     run_script(dpo, *flags, "--gradient-checkpointing", "--save-every", 5, "--output-dir", tmp_path / "o")
+    assert len(modes) == 6 and not any(modes)
     for name in ("checkpoint-5", "final"):
         assert same(finished / name, tmp_path / "o" / name)
     for tag in ("eval/score", "eval/kl", "eval/loss"):
@@ -1024,13 +1028,13 @@ def test_a_finished_run_that_is_resumed_shows_its_table(finished, tmp_path, caps
 def test_eval_only_compares_a_checkpoint_with_its_reference(finished, flags, capsys):
     run_script(dpo, "--resume", finished / "final", "--eval-only")
     shown = capsys.readouterr().out
+    names = ("loss", "accuracies", "margins", "score", "kl", "response_length")
     for title, index in (("SFT", 0), ("trained", -1)):
-        names = ("loss", "accuracies", "margins", "score", "kl", "response_length")
+        expected = [title]
+        for name in names:
+            expected += [name, f"{scalars(finished, f'eval/{name}')[index]:.3f}"]
         line = next(line for line in shown.splitlines() if line.startswith(title))
-        assert line.split() == [
-            title,
-            *sum(([name, f"{scalars(finished, f'eval/{name}')[index]:.3f}"] for name in names), []),
-        ]
+        assert line.split() == expected
     run_script(dpo, *flags, "--eval-only")
     assert "trained" not in capsys.readouterr().out
 
@@ -1275,13 +1279,14 @@ def test_evaluations_and_the_global_random_state_change_no_weights(finished, fla
 
 
 def test_so_many_prompts_of_an_evaluation_data_set_are_answered(flags, tmp_path, monkeypatch, write_jsonl, capsys):
+    """Each once, however many pairs it has."""
     seen = record_answers(monkeypatch)
-    rows = [dict(prompt=f"another {i}", chosen="abc"[i % 3 :], rejected="0") for i in range(15)]
+    rows = [dict(prompt=f"another {i // 3}", chosen="abc"[i % 3 :], rejected="0") for i in range(45)]
     more = ["--eval-dataset", write_jsonl(rows), "--eval-prompts", 7, "--total-steps", 1]
     run_script(dpo, *flags, *more, "--output-dir", tmp_path / "o")
-    assert "40 pairs to train on, 15 held out" in capsys.readouterr().out
+    assert "40 pairs to train on, 45 held out" in capsys.readouterr().out
     prompts = [sample.prompt.columns["prompt"] for samples in seen for sample in samples]
-    assert prompts == [row["prompt"] for row in rows[:7]] * 2
+    assert prompts == [f"another {i}" for i in range(7)] * 2
 
 
 def test_a_reward_function_has_the_columns_of_the_pairs(flags, tmp_path, write_jsonl):
@@ -1347,6 +1352,7 @@ def refused(*flags):
         (["--pairs-per-step", 7], "--micro-batch-size: must divide --pairs-per-step"),
         (["--micro-batch-size", 4], "--micro-batch-size: must divide --pairs-per-step"),
         (["--max-length", 5], "--dataset: 0 prompts are left without the empty, the too long and copies"),
+        (["--max-length", 5, "--eval-only"], "--dataset: no pairs left; see --max-length"),
         (["--eval-prompts", 40], "40 prompts are left without the empty, the too long and copies: --eval-prompts 40"),
         (
             ["--prompt-column", "question"],
@@ -1432,7 +1438,5 @@ def test_smollm2_end_to_end(tmp_path):
     assert tokenizer.eos_token == "<|im_end|>"  # transformers 5.17 reads another from the GGUF file
     chat = transformers.pipeline("text-generation", str(tmp_path / "o/final"))
     shown = chat([{"role": "user", "content": "Write a short review of coffee."}], max_new_tokens=16, do_sample=False)
-    text = shown[0]["generated_text"][-1]["content"]
-    assert len(re.findall(r"[a-z]+", text)) > 5 and "<|im" not in text, (
-        text
-    )  # words, template and EOS as they should be
+    text = shown[0]["generated_text"][-1]["content"]  # words: template and EOS are as they should be
+    assert len(re.findall(r"[a-z]+", text)) > 5 and "<|im" not in text, text

@@ -449,6 +449,19 @@ def test_a_text_ends_with_exactly_one_eos_and_begins_with_the_tokenizers_bos(rea
     assert tokenizer.decode(chat.ids[0]) == "<s>user:Say 0:</s><s>assistant: one</s>"
 
 
+def test_a_bos_that_a_prompt_has_already_is_not_doubled(read):
+    row = {"prompt": "<s>Say 0:", "chosen": " one", "rejected": " two"}
+    (group,) = read([row], tokenizer=byte_tokenizer(begin=True, end=True))
+    assert byte_tokenizer().decode(group.ids[0]) == "<s>Say 0: one</s>"
+
+
+@pytest.mark.parametrize("end, expected", [("<end_of_turn>\n", "a<end_of_turn></s>"), ("</s>\n\n", "a</s>")])
+def test_what_a_template_writes_behind_the_end_is_no_part_of_a_text(read, end, expected):
+    tokenizer = byte_tokenizer(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}" + end)
+    (group,) = read([{"prompt": "p", "chosen": "a", "rejected": "b"}], tokenizer=tokenizer, chat=True)
+    assert tokenizer.decode(group.ids[0]) == "p" + expected
+
+
 def test_no_held_out_prompt_is_trained_on(tmp_path):
     train = [{"prompt": f"p{n}", "chosen": "a", "rejected": x} for n in range(9) for x in "bc"]
     test = [{"prompt": f"p{n}", "chosen": "e", "rejected": x} for n in (3, 5, 20) for x in "fg"]
@@ -1223,7 +1236,7 @@ def test_calibration_reads_the_held_out_built_in_prompts_by_default(short, tiny,
     n_pairs = sum(len(group.pairs) for group in held_out)
     assert f"60 prompts, {sum(len(group.answers) for group in held_out)} answers, {n_pairs} pairs" in stdout
     with pytest.raises(SystemExit, match="is no reward model"):
-        calibrate(monkeypatch, tiny, "--save", tmp_path / "d")
+        calibrate(monkeypatch, tiny)
 
 
 # ---- the real model
