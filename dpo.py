@@ -16,7 +16,7 @@ as if beta log(pi(y) / pi_ref(y)) were the score of a reward model. Other losses
 Rafailov et al. 2023, Direct Preference Optimization, arXiv 2305.18290.
 
     accelerate launch dpo.py                              # SmolLM2-135M learns to write cheerfully, offline
-    accelerate launch dpo.py --dataset pairs.jsonl --chat --max-length 1024 --total-steps 0
+    accelerate launch dpo.py --dataset pairs.jsonl --chat --max-length 1024
     accelerate launch dpo.py --resume runs/dpo__1__1767225600123/checkpoint-50        # after --save-every 50
 
 The default run: 3 to 6 minutes on two CPU cores; the score of held-out prompts rises from 0.31 to 0.7.
@@ -69,16 +69,17 @@ class Args:
     simpo_margin: float = 0.5  # gamma of simpo
     temperature: float = 1.0  # of sampling in evaluations
     max_new_tokens: int = 24  # longest answer in evaluations, in tokens
+    pairs_per_prompt: int = 4  # of a prompt with more pairs, the first ones are trained on
     max_length: int = 512  # pairs with a longer text, prompt and answer, in tokens, are dropped
     pairs_per_step: int = 8  # pairs in an optimizer step, over all processes
     micro_batch_size: int = 4  # pairs in a forward and backward pass, over all processes: bounds its memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     learning_rate: float = 2e-5  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up
-    total_steps: int = 100  # optimizer steps; 0: once over all pairs
+    total_steps: int = 0  # optimizer steps; 0: once over all pairs
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
     eval_prompts: int = 60  # held out (built-in: 10 per subject): a pair and a new answer of each are evaluated
-    eval_every: int = 50  # steps between evaluations; there is always one before and one after
+    eval_every: int = 1000  # steps between evaluations; there is always one before and one after
     eval_only: bool = False  # evaluate --model (with --resume: the checkpoint beside its reference) and stop
     save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last is saved as final/
     resume: str | None = None  # go on from this checkpoint folder; its flags hold unless given anew
@@ -89,8 +90,16 @@ class Args:
 
 PATHS = ("model", "dataset", "eval_dataset", "reward")  # flags that may name a file or a folder
 LOWEST = {"beta": 1e-6, "label_smoothing": 0, "simpo_margin": 0, "temperature": 0.01, "max_new_tokens": 1}
-LOWEST |= {"max_length": 2, "pairs_per_step": 1, "micro_batch_size": 1, "learning_rate": 0, "warmup_steps": 0}
-LOWEST |= {"total_steps": 0, "max_grad_norm": 1e-6, "eval_prompts": 0, "eval_every": 1, "save_every": 1}
+LOWEST |= {"pairs_per_prompt": 1, "max_length": 2, "pairs_per_step": 1, "micro_batch_size": 1}
+LOWEST |= {
+    "learning_rate": 0,
+    "warmup_steps": 0,
+    "total_steps": 0,
+    "max_grad_norm": 1e-6,
+    "eval_prompts": 0,
+    "eval_every": 1,
+    "save_every": 1,
+}
 
 
 def parse_args() -> Args:
@@ -296,7 +305,10 @@ def load_pairs(args, accelerator, tokenizer, eos_ids) -> tuple[list[Example], li
         sys.exit("--dataset: no pairs left; see --max-length")
     if len(train) == 0 and not args.eval_only:
         sys.exit("--dataset: no pairs left to train on; see --max-length, --eval-dataset")
-    return sum(train, []), held_out
+    train_pairs = []
+    for examples in train:
+        train_pairs += examples[: args.pairs_per_prompt]
+    return train_pairs, held_out
 
 
 def hold_out(args, prompts) -> tuple[list, list]:

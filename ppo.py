@@ -936,8 +936,8 @@ def main(args: Args) -> None:
                         loss = losses["policy"] + args.vf_coef * losses["value"]
                         # A mean over the tokens of this pass becomes one over those of the minibatch: accelerate
                         # divides gradients by the number of micro-batches and of processes.
-                        share = rows.response_mask.sum() / n_tokens
-                        weight = share * micro_batches * accelerator.num_processes
+                        fraction = rows.response_mask.sum() / n_tokens
+                        weight = fraction * micro_batches * accelerator.num_processes
                         accelerator.backward(weight * loss)
                         if accelerator.sync_gradients:
                             policy_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)

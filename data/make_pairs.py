@@ -9,7 +9,9 @@
 # ///
 """Preference pairs of a model's own answers: k answers to each prompt, the better-scored one of two is chosen.
 
-Any two answers to a prompt whose scores differ by --min-gap or more are a pair, with the scores as ratings.
+Any two answers to a prompt whose scores differ by --min-gap or more are a pair, with the scores as ratings. The best
+and the worst answer come first, then the second best and the second worst, and so on; then the other pairs. Whoever
+wants each answer once takes the first k / 2 pairs of a prompt, as dpo.py does with --pairs-per-prompt.
 Needs rloo.py beside its folder: model, prompts, sampling and scorers are those of rloo.py.
 
     python data/make_pairs.py                             # makes data/cheerful_pairs.jsonl.gz
@@ -59,17 +61,23 @@ class Args:
 
 
 def pairs_of(prompt, texts, scores, min_gap: float) -> list[dict]:
-    """Of the answers to one prompt: any two whose scores differ by min_gap or more."""
+    """Of the answers to one prompt: any two whose scores differ by min_gap or more, best and worst first."""
     score_of = dict(zip(texts, scores))  # equal answers count once
-    pairs = []
-    for a, b in itertools.combinations(score_of, 2):
-        gap = abs(score_of[a] - score_of[b])
-        if gap < min_gap or gap == 0 or not a.strip() or not b.strip():
+    ranked = [text for text in sorted(score_of, key=score_of.get, reverse=True) if text.strip()]
+    opposite = []
+    others = []
+    for i, j in itertools.combinations(range(len(ranked)), 2):
+        better, worse = ranked[i], ranked[j]
+        gap = score_of[better] - score_of[worse]
+        if gap < min_gap or gap == 0:
             continue
-        chosen, rejected = (a, b) if score_of[a] > score_of[b] else (b, a)
-        ratings = {"chosen_rating": score_of[chosen], "rejected_rating": score_of[rejected]}
-        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, **ratings})
-    return pairs
+        ratings = {"chosen_rating": score_of[better], "rejected_rating": score_of[worse]}
+        pair = {"prompt": prompt, "chosen": better, "rejected": worse, **ratings}
+        if i + j == len(ranked) - 1:
+            opposite.append(pair)
+        else:
+            others.append(pair)
+    return opposite + others
 
 
 def main(args: Args) -> None:
