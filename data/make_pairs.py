@@ -11,7 +11,7 @@
 
 Any two answers to a prompt whose scores differ by --min-gap or more are a pair, with the scores as ratings. The best
 and the worst answer come first, then the second best and the second worst, and so on; then the other pairs. Whoever
-wants each answer once takes the first k / 2 pairs of a prompt, as dpo.py does with --pairs-per-prompt.
+wants each answer about once takes the first k / 2 pairs of a prompt, as dpo.py does with --pairs-per-prompt.
 Needs rloo.py beside its folder: model, prompts, sampling and scorers are those of rloo.py.
 
     python data/make_pairs.py                             # makes data/cheerful_pairs.jsonl.gz

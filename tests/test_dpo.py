@@ -562,12 +562,14 @@ def test_of_a_prompt_with_many_pairs_the_first_ones_are_trained_on(write_jsonl):
     rows = [dict(prompt=f"p{i % 2}", chosen=f"good {i}", rejected=f"bad {i}") for i in range(12)]
     train, _ = load_pairs(dataset=write_jsonl(rows), eval_prompts=0, pairs_per_prompt=2)
     assert sorted(e.prompt.columns["chosen"] for e in train) == ["good 0", "good 1", "good 2", "good 3"]
-    # Of the built-in ones each answer is in one pair, and the held-out pair is the best and the worst answer.
+    # Of the built-in ones an answer is in one pair, but where middle ones are too close and another pair moves up.
+    # The held-out pair is the best and the worst answer.
     train, held_out = load_pairs()
     answers = {}
     for row in [e.prompt.columns for e in train]:
         answers.setdefault(row["prompt"], []).extend([row["chosen"], row["rejected"]])
-    assert all(len(set(texts)) == len(texts) <= 8 for texts in answers.values()) and len(train) > 600
+    assert sum(len(set(texts)) == len(texts) for texts in answers.values()) > 0.6 * len(answers)
+    assert max(map(len, answers.values())) == 8 and len(train) > 600
     gaps = [e.prompt.columns["chosen_rating"] - e.prompt.columns["rejected_rating"] for e in held_out]
     assert sum(gaps) / len(gaps) > 1
 
