@@ -10,8 +10,8 @@
 """Preference pairs of a model's own answers: k answers to each prompt, the better-scored one of two is chosen.
 
 Any two answers to a prompt whose scores differ by --min-gap or more are a pair, with the scores as ratings. The best
-and the worst answer come first, then the second best and the second worst, and so on; then the other pairs. Whoever
-wants each answer about once takes the first k / 2 pairs of a prompt, as dpo.py does with --pairs-per-prompt.
+and the worst answer come first, then the second best and the second worst, and so on; then the others, the widest gap
+first. dpo.py takes the first ones of a prompt (--pairs-per-prompt), in which an answer stands about once.
 Needs rloo.py beside its folder: model, prompts, sampling and scorers are those of rloo.py.
 
     python data/make_pairs.py                             # makes data/cheerful_pairs.jsonl.gz
@@ -77,6 +77,7 @@ def pairs_of(prompt, texts, scores, min_gap: float) -> list[dict]:
             opposite.append(pair)
         else:
             others.append(pair)
+    others.sort(key=lambda pair: pair["rejected_rating"] - pair["chosen_rating"])
     return opposite + others
 
 

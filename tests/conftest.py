@@ -1,4 +1,5 @@
 """Tiny models on disk, and rloo.py's main run in this process."""
+
 import json
 import os
 import signal
@@ -8,7 +9,9 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["OMP_NUM_THREADS"] = "1"  # pytest runs two processes (pyproject.toml), and cores that are fought for cost tenfold:
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # pytest runs two processes (pyproject.toml), and cores that are fought for cost tenfold:
+)
 os.environ["LOCAL_WORLD_SIZE"] = "2"  # each, and what it starts, takes half
 
 import pytest
@@ -21,10 +24,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import rloo
 
 if torch.cuda.is_available():
-    os.environ.setdefault("ACCELERATE_USE_CPU", "1")  # but for test_cuda.py; `accelerate launch` takes the GPU all the same
+    os.environ.setdefault(
+        "ACCELERATE_USE_CPU", "1"
+    )  # but for test_cuda.py; `accelerate launch` takes the GPU all the same
 
-TEMPLATE = ("{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
+)
 
 
 def byte_tokenizer(chat_template=TEMPLATE, begin=False, end=False, **special):
@@ -35,7 +42,9 @@ def byte_tokenizer(chat_template=TEMPLATE, begin=False, end=False, **special):
     tokenizer.decoder = decoders.ByteLevel()
     if begin or end:
         single = "<s> " * begin + "$A" + " </s>" * end
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", **special}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{k: v for k, v in special.items() if v})
     tokenizer.chat_template = chat_template
@@ -44,17 +53,38 @@ def byte_tokenizer(chat_template=TEMPLATE, begin=False, end=False, **special):
 
 def tiny_llama(vocab=258, seed=0):
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, bos_token_id=0,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1,
-                         pad_token_id=1, tie_word_embeddings=True, initializer_range=0.3, attn_implementation="eager")
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        bos_token_id=0,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=1,
+        pad_token_id=1,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        attn_implementation="eager",
+    )
     return LlamaForCausalLM(config).eval()
 
 
 def tiny_gpt2(vocab=258, seed=0):
     """Absolute positions: wrong position_ids under left padding change what it says."""
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=1,
-                        initializer_range=0.3, attn_implementation="eager")
+    config = GPT2Config(
+        vocab_size=vocab,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+        attn_implementation="eager",
+    )
     return GPT2LMHeadModel(config).eval()
 
 
@@ -85,10 +115,23 @@ def tiny_with_stops(tiny, tmp_path_factory):
 def tiny_flags(tiny, tmp_path_factory):
     """A run of a second or two, with a score that a tiny model's babble moves: the share of lower-case letters."""
     reward = tmp_path_factory.mktemp("reward") / "letters.py"
-    reward.write_text("def score(prompts, completions, **columns):\n"
-                      "    return [sum(map(str.islower, text)) / max(1, len(text)) for text in completions]\n")
-    flags = {"reward": f"{reward}:score", "model": tiny, "precision": "fp32", "total_steps": 4, "eval_prompts": 10, "max_new_tokens": 8, "eval_every": 2,
-             "prompts_per_step": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "max_prompt_length": 400}
+    reward.write_text(
+        "def score(prompts, completions, **columns):\n"
+        "    return [sum(map(str.islower, text)) / max(1, len(text)) for text in completions]\n"
+    )
+    flags = {
+        "reward": f"{reward}:score",
+        "model": tiny,
+        "precision": "fp32",
+        "total_steps": 4,
+        "eval_prompts": 10,
+        "max_new_tokens": 8,
+        "eval_every": 2,
+        "prompts_per_step": 4,
+        "micro_batch_size": 2,
+        "learning_rate": 1e-3,
+        "max_prompt_length": 400,
+    }
     return [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -147,7 +190,7 @@ def moments(checkpoint):
 
 def plain_logprobs(model, prompt, response, temperature=1.0):
     """One text, no padding, no cache, full softmax."""
-    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / temperature
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
@@ -162,4 +205,5 @@ def write_jsonl(tmp_path):
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(path)
+
     return write

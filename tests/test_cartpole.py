@@ -1,4 +1,5 @@
 """CartPole: golden numbers, what gymnasium does at the end of an episode, PPO's stored actions, runs and resume."""
+
 import os
 import shutil
 import subprocess
@@ -47,6 +48,7 @@ def threads():
 
 # ---- the maths
 
+
 def test_discounted_returns_golden():
     rewards = torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0], [1, 2, 3, 4]])
     assert discounted_returns(rewards, 0.5).tolist() == [[1.75, 1.5, 1, 0], [1, 0, 0, 0], [3.25, 4.5, 5, 4]]
@@ -81,9 +83,14 @@ def test_gae_ignores_what_follows_the_end():
     """A short episode beside a long one: its padding holds the values of other episodes."""
     rewards, mask = torch.tensor([[1.0, 1, 0, 0]]), bools([1, 1, 0, 0])
     for terminated in (bools([0, 0, 0, 0]), bools([0, 1, 0, 0])):
-        a, b = (gae_of_episodes(rewards, torch.tensor([[2.0, 3, 4, x, -x]]), terminated, mask, 0.9, 0.8) for x in (0.0, 7.0))
+        a, b = (
+            gae_of_episodes(rewards, torch.tensor([[2.0, 3, 4, x, -x]]), terminated, mask, 0.9, 0.8) for x in (0.0, 7.0)
+        )
         assert torch.equal(a, b) and a[0, 2:].tolist() == [0, 0]
-        assert torch.equal(a[:, :2], gae_of_episodes(rewards[:, :2], torch.tensor([[2.0, 3, 4]]), terminated[:, :2], mask[:, :2], 0.9, 0.8))
+        assert torch.equal(
+            a[:, :2],
+            gae_of_episodes(rewards[:, :2], torch.tensor([[2.0, 3, 4]]), terminated[:, :2], mask[:, :2], 0.9, 0.8),
+        )
 
 
 def test_baseline_advantages_golden():
@@ -110,12 +117,15 @@ def test_reinforce_loss_golden_and_sign():
 
 def test_expected_gradient_is_that_of_the_exact_objective():
     """Both actions of one state, weighed by their probability; PPO's loss at ratio 1 has the same gradient."""
-    logits, rewards = torch.tensor([[0.3, -0.5]], dtype=torch.float64, requires_grad=True), torch.tensor([2.0, 7.0]).double()
+    logits, rewards = (
+        torch.tensor([[0.3, -0.5]], dtype=torch.float64, requires_grad=True),
+        torch.tensor([2.0, 7.0]).double(),
+    )
     exact = torch.autograd.grad(-(logits.softmax(1)[0] @ rewards), logits)[0]
     for baseline in (0.0, 4.0):
         for loss in (reinforce_loss, lambda x, a: clipped_policy_loss(x, x.detach(), a, 0.2)):
             logprobs = [action_logprobs(logits, torch.tensor([a]))[0] for a in (0, 1)]
-            expected = sum(x.detach().exp()[0] * loss(x, rewards[a:a + 1] - baseline) for a, x in enumerate(logprobs))
+            expected = sum(x.detach().exp()[0] * loss(x, rewards[a : a + 1] - baseline) for a, x in enumerate(logprobs))
             assert torch.allclose(torch.autograd.grad(expected, logits)[0], exact)
 
 
@@ -126,9 +136,17 @@ def test_action_logprobs_golden():
     assert entropy.tolist() == pytest.approx([0.75 * np.log(4 / 3) + 0.25 * np.log(4), np.log(2)])
 
 
-@pytest.mark.parametrize("ratio, advantage, loss, gradient", [
-    (1.1, 2.0, -2.2, True), (1.5, 2.0, -2.4, False), (0.5, 2.0, -1.0, True),  # a good action: no gain above 1.2
-    (0.9, -2.0, 1.8, True), (0.5, -2.0, 1.6, False), (1.5, -2.0, 3.0, True)])  # a bad one: none below 0.8
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, gradient",
+    [
+        (1.1, 2.0, -2.2, True),
+        (1.5, 2.0, -2.4, False),
+        (0.5, 2.0, -1.0, True),  # a good action: no gain above 1.2
+        (0.9, -2.0, 1.8, True),
+        (0.5, -2.0, 1.6, False),
+        (1.5, -2.0, 3.0, True),
+    ],
+)  # a bad one: none below 0.8
 def test_clipped_policy_loss_golden(ratio, advantage, loss, gradient):
     logprobs = torch.tensor([np.log(ratio)], requires_grad=True)
     value = clipped_policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), 0.2)
@@ -154,6 +172,7 @@ def test_ratio_statistics_golden():
 
 # ---- episodes
 
+
 def play(num_envs=6, seed=3, policy=None, envs=None):
     torch.manual_seed(0)
     envs = envs or gymnasium.make_vec("CartPole-v1", num_envs, "vector_entry_point")
@@ -163,6 +182,7 @@ def play(num_envs=6, seed=3, policy=None, envs=None):
 
 class Balance(torch.nn.Module):
     """A controller that keeps the pole up for good (on the rows it is for)."""
+
     def __init__(self, *rows):
         super().__init__()
         self.rows = rows
@@ -182,6 +202,7 @@ def test_rewards_sum_to_the_return_exactly_as_gymnasium_counts_it_and_as_a_singl
         for i in np.flatnonzero(result[4].get("_episode", [])):
             counted.setdefault(i, (result[4]["episode"]["r"][i], result[4]["episode"]["l"][i]))
         return result
+
     envs.step = watched
     observations, actions, rewards, terminated, mask = play(envs=envs)
     returns, lengths = rewards.sum(1), mask.sum(1)
@@ -209,13 +230,15 @@ def test_the_reset_step_and_what_follows_are_masked_and_the_last_state_is_the_on
         angles = observations[row, :, 2].abs()
         assert angles[end] > 0.2094 > angles[:end].max()  # 12 degrees: the state after the last step has fallen
         assert angles[end + 1] <= 0.05  # NEXT_STEP autoreset: the masked step after it is the reset
-        assert observations[row, :, 2].abs()[end + 2:].max() > 0.2094  # and other episodes follow, masked
+        assert observations[row, :, 2].abs()[end + 2 :].max() > 0.2094  # and other episodes follow, masked
 
 
 def test_the_500th_step_truncates_and_its_state_is_bootstrapped():
     observations, actions, rewards, terminated, mask = play(policy=Balance())
     assert mask.all() and mask.shape == (6, 500) and not terminated.any() and rewards.sum(1).tolist() == [500.0] * 6
-    assert (observations[:, -1, 2].abs() < 0.2094).all() and (observations[:, -1] - observations[:, 0]).abs().max() > 1e-3
+    assert (observations[:, -1, 2].abs() < 0.2094).all() and (
+        observations[:, -1] - observations[:, 0]
+    ).abs().max() > 1e-3
     values = torch.arange(501.0).expand(6, -1)
     advantages = gae_of_episodes(rewards, values, terminated, mask, 0.9, 0.9)
     assert advantages[:, -1].tolist() == pytest.approx([1 + 0.9 * 500 - 499] * 6)
@@ -223,7 +246,9 @@ def test_the_500th_step_truncates_and_its_state_is_bootstrapped():
 
 def test_a_pole_that_falls_on_the_500th_step_is_terminated():
     """Both flags are set then; it is the fall that counts."""
-    envs = gymnasium.make_vec("CartPole-v1", 2, "vector_entry_point", max_episode_steps=9)  # always right: falls in 9 or 10
+    envs = gymnasium.make_vec(
+        "CartPole-v1", 2, "vector_entry_point", max_episode_steps=9
+    )  # always right: falls in 9 or 10
     seeds = {tuple(x.sum(1).tolist()) for x in (play(2, s, Balance(99), envs).terminated for s in range(20))}
     assert (1, 1) in seeds and (0, 0) in seeds
 
@@ -232,6 +257,7 @@ def test_actions_are_sampled_from_the_policy_and_half_is_greedy():
     class Fixed(torch.nn.Module):
         def forward(self, s):
             return torch.tensor([[0.3, 0.7]]).log().expand(len(s), 2)
+
     _, actions, _, _, mask = play(400, policy=Fixed())
     share, n = actions[mask].float().mean().item(), mask.sum().item()
     assert abs(share - 0.7) < 4 * (0.21 / n) ** 0.5
@@ -246,6 +272,7 @@ def test_the_environment_that_never_ends_is_refused():
 
 
 # ---- learning
+
 
 def learner(**flags):
     torch.manual_seed(1)
@@ -263,7 +290,9 @@ def test_masked_steps_are_never_trained_on(learn):
     """Whatever stands in the padding, the update is the same to the last bit."""
     batch = play(policy=Balance(0))
     observations, actions, rewards, terminated, mask = (x.clone() for x in batch)
-    observations[:, 1:][~mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]] = 9.0  # not the last state of an episode
+    observations[:, 1:][~mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]] = (
+        9.0  # not the last state of an episode
+    )
     actions[~mask] = 1 - actions[~mask]
     results = []
     for data in (batch, Episodes(observations, actions, rewards, terminated, mask)):
@@ -293,6 +322,7 @@ def test_ppo_evaluates_the_stored_actions_in_every_epoch(monkeypatch):
     def watched(logprobs, old_logprobs, advantages, clip):
         calls.append((logprobs.detach(), old_logprobs))
         return clipped_policy_loss(logprobs, old_logprobs, advantages, clip)
+
     monkeypatch.setattr(cartpole_pg, "clipped_policy_loss", watched)
     args, agent, optimizer = learner(epochs=3, minibatches=2)
     snapshots, real_update = [], cartpole_pg.update
@@ -300,6 +330,7 @@ def test_ppo_evaluates_the_stored_actions_in_every_epoch(monkeypatch):
     def update(*x):
         snapshots.append({n: w.clone() for n, w in agent.state_dict().items()})
         return real_update(*x)
+
     monkeypatch.setattr(cartpole_pg, "update", update)
     for sampler in ("rand", "multinomial", "bernoulli"):
         monkeypatch.setattr(torch, sampler, lambda *x, **y: pytest.fail("sampled while learning"))
@@ -348,10 +379,15 @@ def state(path):
 def same(a, b):
     """Every weight and every number of the optimizer, and the run's counters."""
     a, b = state(a), state(b)
-    moments = lambda x: [value for i in sorted(x["optimizer"]["state"]) for value in x["optimizer"]["state"][i].values()]
-    return (all(torch.equal(a["agent"][name], b["agent"][name]) for name in a["agent"])
-            and len(moments(a)) == len(moments(b)) > 0 and all(map(torch.equal, moments(a), moments(b)))
-            and all(a[name] == b[name] for name in ("done", "env_steps", "recent")))
+    moments = lambda x: [
+        value for i in sorted(x["optimizer"]["state"]) for value in x["optimizer"]["state"][i].values()
+    ]
+    return (
+        all(torch.equal(a["agent"][name], b["agent"][name]) for name in a["agent"])
+        and len(moments(a)) == len(moments(b)) > 0
+        and all(map(torch.equal, moments(a), moments(b)))
+        and all(a[name] == b[name] for name in ("done", "env_steps", "recent"))
+    )
 
 
 def scalars(folder):
@@ -373,10 +409,21 @@ def test_a_run_logs_every_curve_and_prints_the_table(finished):
     assert sorted(p.name for p in out.glob("*.pt")) == [*(f"checkpoint-{n}.pt" for n in range(1, 7)), "final.pt"]
     assert "NOT solved after 6 steps" in result.stdout and "last_100=" in result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == ["return", "training,", "greedy"]
-    assert result.stdout.splitlines()[2].split()[3] == "24" and result.stdout.splitlines()[3].split()[1] == "5"  # episodes
+    assert (
+        result.stdout.splitlines()[2].split()[3] == "24" and result.stdout.splitlines()[3].split()[1] == "5"
+    )  # episodes
     curves = scalars(out)
-    expected = {"charts/episodic_return", "charts/episodic_length", "charts/last_100", "charts/SPS", "charts/learning_rate",
-                "loss/policy", "policy/entropy", "policy/grad_norm", "eval/episodic_return"}
+    expected = {
+        "charts/episodic_return",
+        "charts/episodic_length",
+        "charts/last_100",
+        "charts/SPS",
+        "charts/learning_rate",
+        "loss/policy",
+        "policy/entropy",
+        "policy/grad_norm",
+        "eval/episodic_return",
+    }
     ppo = {"loss/value", "policy/approxkl", "policy/clipfrac"}
     assert set(curves) == expected | (ppo if out.name == "ppo" else set())
     assert [e.value for e in curves["charts/learning_rate"]] == pytest.approx([0.01 * (1 - i / 6) for i in range(6)])
@@ -404,9 +451,26 @@ def test_resume_from_any_step_is_bit_exact(finished, tmp_path, step):
         assert same(finished[0] / f"checkpoint-{n}.pt", tmp_path / f"checkpoint-{n}.pt")
 
 
-def test_a_run_that_reaches_stop_at_keeps_the_weights_that_did_it_and_resumes_to_its_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cartpole_pg, "evaluate_greedy", lambda *x: torch.ones(5) * {"stopping": 6, "evaluation": 7}[x[-1]])
-    flags = ["--algo", "reinforce", "--num-envs", 50, "--hidden", 16, "--eval-episodes", 5, "--save-every", 1, "--total-steps", 9]
+def test_a_run_that_reaches_stop_at_keeps_the_weights_that_did_it_and_resumes_to_its_table(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        cartpole_pg, "evaluate_greedy", lambda *x: torch.ones(5) * {"stopping": 6, "evaluation": 7}[x[-1]]
+    )
+    flags = [
+        "--algo",
+        "reinforce",
+        "--num-envs",
+        50,
+        "--hidden",
+        16,
+        "--eval-episodes",
+        5,
+        "--save-every",
+        1,
+        "--total-steps",
+        9,
+    ]
     run(*flags, "--stop-at", 1, "--output-dir", tmp_path / "a")  # two batches make a hundred episodes
     first = capsys.readouterr().out.splitlines()
     assert first[0].startswith("NOT solved after 2 steps")
@@ -416,24 +480,37 @@ def test_a_run_that_reaches_stop_at_keeps_the_weights_that_did_it_and_resumes_to
     again = capsys.readouterr().out.splitlines()
     assert again[0].startswith("NOT solved after 2 steps") and again[1:] == first[1:]
     assert state(tmp_path / "a/final.pt")["done"] == 2
-    run(*flags, "--stop-at", 7, "--output-dir", tmp_path / "b")  # the training episodes are that good, the greedy ones not
+    run(
+        *flags, "--stop-at", 7, "--output-dir", tmp_path / "b"
+    )  # the training episodes are that good, the greedy ones not
     assert capsys.readouterr().out.startswith("NOT solved after 9 steps")
 
 
 def test_bad_input_is_one_line_that_names_the_flag(finished, tmp_path, monkeypatch):
     for flags, said in [
-            (["--num-envs", 1], "--num-envs 1: must be 2 or more"), (["--learning-rate", "nan"], "--learning-rate nan: must be 0"),
-            (["--max-grad-norm", -1], "--max-grad-norm -1.0: must be 1e-06"), (["--gamma", 1.1], "--gamma 1.1: must be 1 or less"),
-            (["--lam", -1], "--lam -1"), (["--epochs", 0], "--epochs 0"), (["--eval-episodes", 0], "--eval-episodes 0"),
-            (["--resume", tmp_path / "none.pt"], "no checkpoint of cartpole_pg.py"),
-            (["--output-dir", finished[0]], "in use"), (["--output-dir", finished[0] / "final.pt"], "in use"),
-            (["--resume", finished[0] / "final.pt", "--hidden", 8], "--hidden are this checkpoint's"),
-            (["--resume", finished[0] / "final.pt", "--algo", "ppo" if finished[0].name == "reinforce" else "reinforce"], "--algo")]:
+        (["--num-envs", 1], "--num-envs 1: must be 2 or more"),
+        (["--learning-rate", "nan"], "--learning-rate nan: must be 0"),
+        (["--max-grad-norm", -1], "--max-grad-norm -1.0: must be 1e-06"),
+        (["--gamma", 1.1], "--gamma 1.1: must be 1 or less"),
+        (["--lam", -1], "--lam -1"),
+        (["--epochs", 0], "--epochs 0"),
+        (["--eval-episodes", 0], "--eval-episodes 0"),
+        (["--resume", tmp_path / "none.pt"], "no checkpoint of cartpole_pg.py"),
+        (["--output-dir", finished[0]], "in use"),
+        (["--output-dir", finished[0] / "final.pt"], "in use"),
+        (["--resume", finished[0] / "final.pt", "--hidden", 8], "--hidden are this checkpoint's"),
+        (
+            ["--resume", finished[0] / "final.pt", "--algo", "ppo" if finished[0].name == "reinforce" else "reinforce"],
+            "--algo",
+        ),
+    ]:
         with pytest.raises(SystemExit) as stop:
             run(*flags)
         assert said in str(stop.value) and "\n" not in str(stop.value)
     monkeypatch.setattr(cartpole_pg.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"--capture-video: needs gymnasium\[classic-control\] and moviepy: pip install"):
+    with pytest.raises(
+        SystemExit, match=r"--capture-video: needs gymnasium\[classic-control\] and moviepy: pip install"
+    ):
         run(*TOY, "--capture-video", "--output-dir", tmp_path / "v")
 
 
@@ -452,6 +529,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(finished, tmp_path, monkeypatc
         real(value, path)
         Path(path).write_bytes(Path(path).read_bytes()[:100])
         raise OSError("No space left on device")
+
     monkeypatch.setattr(cartpole_pg.torch, "save", breaks)
     with pytest.raises(OSError, match="No space left on device"):
         run("--resume", tmp_path / "o/checkpoint-1.pt")
@@ -468,8 +546,13 @@ def test_video(tmp_path):
 
 def test_alone_in_an_empty_folder_it_explains_itself(tmp_path):
     shutil.copy(ROOT / "cartpole_pg.py", tmp_path)
-    result = subprocess.run([sys.executable, "cartpole_pg.py", "--help"], cwd=tmp_path, capture_output=True, text=True,
-                            env={**os.environ, "COLUMNS": "200"})
+    result = subprocess.run(
+        [sys.executable, "cartpole_pg.py", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
     assert result.returncode == 0
     for field in Args.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in result.stdout

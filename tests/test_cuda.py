@@ -1,4 +1,5 @@
 """On a real GPU: the numbers of the CPU, and whole runs. The rest of the suite stays on the CPU (conftest.py); CI has no GPU and skips these."""
+
 import copy
 import json
 import math
@@ -26,7 +27,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def on_the_gpu(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     yield
-    AcceleratorState._reset_state(reset_partial_state=True), GradientState._reset_state()  # the tests after these are the CPU's
+    (
+        AcceleratorState._reset_state(reset_partial_state=True),
+        GradientState._reset_state(),
+    )  # the tests after these are the CPU's
 
 
 @pytest.mark.parametrize("labels", [1, 10])
@@ -61,7 +65,9 @@ def test_pairs_have_the_losses_and_gradients_of_the_cpu(make, loss_type):
         examples.append(dpo.Example(dpo.Prompt(prompt, None, {}), prompt, [ids + [1] for ids in answers]))
     for device in ("cpu", "cuda"):
         policy, reference = (dpo.ResponseLogprobs(make(seed=seed).to(device)) for seed in (0, 1))
-        values = dpo.pair_losses(dpo.Args(loss_type=loss_type), policy, reference.requires_grad_(False), examples, device)
+        values = dpo.pair_losses(
+            dpo.Args(loss_type=loss_type), policy, reference.requires_grad_(False), examples, device
+        )
         values["loss/policy"].mean().backward()
         results[device] = [*(x.detach().cpu() for x in values.values()), *(p.grad.cpu() for p in policy.parameters())]
     for a, b in zip(results["cpu"], results["cuda"], strict=True):
@@ -87,7 +93,11 @@ def test_dpo_samples_answers_from_the_models_distribution():
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_rloo_samples_the_same_responses_and_its_rows_have_the_log_probabilities_and_gradients_of_the_cpu(make):
-    prompts, uniforms, results = [[7, 8], [9, 10, 11, 12]], torch.rand(6, 12, generator=torch.Generator().manual_seed(0)), {}
+    prompts, uniforms, results = (
+        [[7, 8], [9, 10, 11, 12]],
+        torch.rand(6, 12, generator=torch.Generator().manual_seed(0)),
+        {},
+    )
     for device in ("cpu", "cuda"):
         model = make().to(device)
         model.generation_config.eos_token_id = [1, *range(60, 90)]  # some end early
@@ -118,25 +128,59 @@ def test_the_critic_has_the_values_and_gradients_of_the_cpu(make):
             critic = ppo.Critic(make().base_model, torch.nn.Linear(32, 1)).to(device)
             rows = ppo.make_rows(prompts, groups, device, length)
             values = critic(rows)
-            ppo.ppo_value_loss(values, torch.zeros_like(values), torch.ones_like(values), rows.response_mask, 0.2).backward()
-            results[device] = [values.detach().cpu(), *(p.grad.cpu() for p in critic.parameters() if p.grad is not None)]
+            ppo.ppo_value_loss(
+                values, torch.zeros_like(values), torch.ones_like(values), rows.response_mask, 0.2
+            ).backward()
+            results[device] = [
+                values.detach().cpu(),
+                *(p.grad.cpu() for p in critic.parameters() if p.grad is not None),
+            ]
         for a, b in zip(results["cpu"], results["cuda"], strict=True):
             assert torch.allclose(a, b, atol=1e-4 * (1 + a.abs().max()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("script", [reinforce, rloo, ppo, dpo, reward_model, reward_model_ordinal], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "script", [reinforce, rloo, ppo, dpo, reward_model, reward_model_ordinal], ids=lambda x: x.__name__
+)
 def test_runs_train_and_resume(script, precision, tiny, tiny_flags, tmp_path):
     """In fp32 the first step's gradient norm is the CPU's within 1 %, and its loss; every curve is finite; a resumed run ends where the whole one did."""
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(dict(prompt=f"q{i}", chosen="ab" * (1 + i % 3), rejected="12")) + "\n" for i in range(20)))
-    pairs = ["--model", tiny, "--dataset", str(tmp_path / "pairs.jsonl"), "--eval-prompts", "4", "--pairs-per-step" if script is dpo else "--prompts-per-step", "4", "--micro-batch-size", "2",
-             "--total-steps", "4", "--eval-every", "2", "--learning-rate", "1e-3", *(["--max-new-tokens", "8"] if script is dpo else [])]
-    flags = [*(tiny_flags if script in (reinforce, rloo, ppo) else pairs), "--precision", precision, "--save-every", "2"]
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps(dict(prompt=f"q{i}", chosen="ab" * (1 + i % 3), rejected="12")) + "\n" for i in range(20))
+    )
+    pairs = [
+        "--model",
+        tiny,
+        "--dataset",
+        str(tmp_path / "pairs.jsonl"),
+        "--eval-prompts",
+        "4",
+        "--pairs-per-step" if script is dpo else "--prompts-per-step",
+        "4",
+        "--micro-batch-size",
+        "2",
+        "--total-steps",
+        "4",
+        "--eval-every",
+        "2",
+        "--learning-rate",
+        "1e-3",
+        *(["--max-new-tokens", "8"] if script is dpo else []),
+    ]
+    flags = [
+        *(tiny_flags if script in (reinforce, rloo, ppo) else pairs),
+        "--precision",
+        precision,
+        "--save-every",
+        "2",
+    ]
     run_script(script, *flags, "--output-dir", tmp_path / "gpu")
     events = EventAccumulator(str(tmp_path / "gpu")).Reload()
     assert all(math.isfinite(e.value) for tag in events.Tags()["scalars"] for e in events.Scalars(tag))
     run_script(script, "--resume", tmp_path / "gpu/checkpoint-2", "--output-dir", tmp_path / "resumed")
-    half, whole, again = (load_file(tmp_path / x / "model.safetensors") for x in ("gpu/checkpoint-2", "gpu/final", "resumed/final"))
+    half, whole, again = (
+        load_file(tmp_path / x / "model.safetensors") for x in ("gpu/checkpoint-2", "gpu/final", "resumed/final")
+    )
     distance = lambda a, b: sum((a[name] - b[name]).abs().sum().item() for name in a)
     assert distance(whole, again) < 0.2 * distance(whole, half)  # a GPU adds in another order from run to run
     if precision == "fp32":

@@ -28,7 +28,7 @@ def test_pairs_of():
     assert [(p["chosen_rating"], p["rejected_rating"]) for p in pairs] == [(0.5, -0.3), (0.45, -0.3)]
     assert {p["prompt"] for p in pairs} == {"p"}
     four = make_pairs.pairs_of("p", ["a", "b", "c", "d"], [0.0, 3.0, 1.0, 2.0], 0.1)
-    assert [p["chosen"] + p["rejected"] for p in four] == ["ba", "dc", "bd", "bc", "da", "ca"]  # best and worst first
+    assert [p["chosen"] + p["rejected"] for p in four] == ["ba", "dc", "bc", "da", "bd", "ca"]  # best and worst first
     assert make_pairs.pairs_of("p", ["", "b"], [0.0, 1.0], 0.1) == []  # an empty answer is none
     assert make_pairs.pairs_of("p", ["a", "b"], [0.2, 0.2], 0.0) == []  # nor is a tie a pair
 
