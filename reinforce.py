@@ -22,7 +22,7 @@ for language models Ahmadian et al. 2024, Back to Basics, arXiv 2402.14740, sect
     accelerate launch reinforce.py --baseline none        # what the baseline is worth
     accelerate launch reinforce.py --resume runs/reinforce__1__1767225600123/checkpoint-20
 
-The default run: 4 to 9 minutes on two CPU cores; the score of held-out prompts rises from 0.31 to 0.7.
+The default run: 4 to 9 minutes on two CPU cores; the score of held-out prompts rises from 0.32 to 0.75.
 Left out on purpose: several updates per batch, a learned baseline (both in ppo.py), LoRA, vLLM, top-p.
 Shapes: N = prompts · k responses of at most R tokens; B rows of at most T tokens; a vocabulary of V.
 """
