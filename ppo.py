@@ -25,7 +25,7 @@ Implementation Details of RLHF with PPO, arXiv 2403.17031.
     accelerate launch ppo.py --reward runs/reward_model__1__1767225600123/final --eval-reward vader
     accelerate launch ppo.py --resume runs/ppo__1__1767225600123/checkpoint-20        # after --save-every 20
 
-The default run: 8 to 15 minutes on two CPU cores; the score of held-out prompts rises from 0.31 to 0.7.
+The default run: 8 to 15 minutes on two CPU cores; the score of held-out prompts rises from 0.32 to 0.69.
 Left out on purpose: adaptive KL, whitened rewards, a penalty for a missing EOS, a critic that shares layers with
 the policy, LoRA, vLLM, top-p. An error in the middle of a step keeps the weights of that moment.
 Shapes: N = prompts · k responses of at most R tokens; B rows of at most T tokens; a vocabulary of V.
