@@ -539,7 +539,7 @@ def refused(run, capsys, *flags):
         (["--learning-rate", "inf"], "--learning-rate inf: must be"),
         (["--kl-coef", "-1"], "--kl-coef -1.0: must be"),
         (["--total-steps", 0], "--total-steps 0: must be"),
-        (["--prompts-per-step", 6, "--micro-batch-size", 4], "--micro-batch-size 4: must divide --prompts-per-step"),
+        (["--prompts-per-step", 6, "--micro-batch-size", 4], "--micro-batch-size: must divide --prompts-per-step"),
         (
             ["--dataset", "DATA", "--prompt-column", "question"],
             "--prompt-column question: the dataset has ['prompt', 'n']",
@@ -548,7 +548,7 @@ def refused(run, capsys, *flags):
             ["--dataset", "DATA"],
             "--dataset: 1 prompts are left without the empty, the too long and copies: --eval-prompts 10 leaves none",
         ),
-        (["--max-prompt-length", 2], "0 prompts are left of 240 without the empty, the too long and copies"),
+        (["--max-prompt-length", 2], "0 prompts are left without the empty, the too long and copies"),
         (["--reward", "TINY"], "no trained classifier, it lacks ['score.weight']"),
         (["--resume", "TINY"], "no checkpoint; give a checkpoint-<step> or final folder"),
         (["--max-new-tokens", 600], "--max-prompt-length, --max-new-tokens: texts of"),
