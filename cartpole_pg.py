@@ -22,7 +22,7 @@ Williams 1992; Schulman et al. 2016, 2017, arXiv 1506.02438 and 1707.06347.
     python cartpole_pg.py --algo ppo --seed 2 --capture-video
     python cartpole_pg.py --resume runs/cartpole_pg__1__1767225600123/checkpoint-10.pt
 
-The default run: about 3 s on one core (reinforce: 2 s), to a mean return of 490; 475 counts as solved.
+The default run: 1 to 3 s on one core, to a mean return of 490; 475 counts as solved.
 An episode is here what a response is to a language model: its steps are the tokens.
 Left out on purpose: other environments, several processes, rollouts of a fixed length, a target KL.
 Shapes: N episodes of at most T steps, right-padded, with a mask; M steps in all without the padding.
@@ -210,8 +210,9 @@ def update(args, agent, optimizer, loss) -> torch.Tensor:
 def baseline_advantages(returns, mask) -> torch.Tensor:
     """2 x (N, T) -> (N, T): A_t = (G_t - b_t) / s, with s the root mean square of G_t - b_t.
 
-    The baseline b_t is the mean of G_t over the N episodes; in one that has ended G_t is 0. It depends on t
-    alone, so the expected gradient stays what it is. Without it all actions near step 500 would look bad.
+    The baseline b_t is the mean of G_t over the N episodes; in one that has ended G_t is 0. But for 1 / N, its
+    own share, it does not depend on the action: the expected gradient keeps its direction. Without it all
+    actions near step 500 would look bad.
     """
     advantages = returns - returns.mean(0)
     spread = advantages[mask].square().mean().sqrt()

@@ -65,7 +65,7 @@ class Args:
     reward: str = "vader"  # scores answers in evaluations, and nothing else: vader or path/file.py:function
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # see dpo_loss
     beta: float = 0.1  # the larger, the closer to the reference (simpo, which has none: try 2)
-    label_smoothing: float = 0.0  # share of wrong labels that is assumed, under 0.5 (sigmoid and robust)
+    label_smoothing: float = 0.0  # share of wrong labels that is assumed, under 0.5 (sigmoid, robust, simpo)
     simpo_margin: float = 0.5  # gamma of simpo
     temperature: float = 1.0  # of sampling in evaluations
     max_new_tokens: int = 24  # longest answer in evaluations, in tokens

@@ -3,15 +3,16 @@
 # dependencies = ["torch>=2.11", "gymnasium>=1.0", "numpy>=2.0", "tyro>=1.0", "tensorboard>=2.20", "tqdm>=4.66",
 #                 "matplotlib>=3.9"]
 # ///
-"""cartpole_pg.py over many seeds, both algorithms: the README's table; as a CSV file; all learning curves as a PNG.
+"""cartpole_pg.py over many seeds, both algorithms: a table, a CSV file, and all learning curves as a PNG.
 
-    uv run benchmark/cartpole.py --seeds 20 --save benchmark/cartpole
+    uv run benchmark/cartpole.py --seeds 20 --save benchmark/results/cartpole_20_seeds
 
 Seeds run one after the other in this process, on one thread; a seed whose folder holds final.pt is read, not run again.
 Solved means: mean return of the last 100 training episodes >= 475 (the script itself goes on to --stop-at). Seconds count
 from the start of training, without the imports (several seconds, of which torch is most). Environment steps include
 those of environments that wait for the longest episode of their batch. Flags after `--` go to the script.
 """
+
 import argparse
 import csv
 import statistics
@@ -28,6 +29,7 @@ COLUMNS = ("algo", "seed", "steps_to_solve", "seconds_to_solve", "steps", "secon
 def scalars(folder):
     """When a run began, and {tag: [event]}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder)).Reload()
     begin = events.Tensors("args/text_summary")[0].wall_time
     return begin, {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
@@ -42,25 +44,36 @@ def measure(algo, seed, folder, flags):
     curve = tags["charts/last_100"]
     first = next((event for event in curve if event.value >= 475), None)
     seconds = curve[-1].wall_time - begin
-    row = (algo, seed, first and first.step, first and round(first.wall_time - begin, 2), curve[-1].step, round(seconds, 2),
-           round(curve[-1].step / seconds), round(curve[-1].value, 1), round(tags["eval/episodic_return"][0].value, 1))
+    row = (
+        algo,
+        seed,
+        first and first.step,
+        first and round(first.wall_time - begin, 2),
+        curve[-1].step,
+        round(seconds, 2),
+        round(curve[-1].step / seconds),
+        round(curve[-1].value, 1),
+        round(tags["eval/episodic_return"][0].value, 1),
+    )
     return dict(zip(COLUMNS, row)), [(e.step, e.value) for e in tags["charts/episodic_return"]]
 
 
 def draw(curves, path):
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(curves), figsize=(11, 3.6), sharex=True, sharey=True, constrained_layout=True)
-    for axis, (algo, runs) in zip(axes, curves.items()):
-        for i, curve in enumerate(runs):
+
+    plt.style.use(Path(__file__).parent / "plain.mplstyle")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharex=True, sharey=True)
+    for number, (axis, (algo, runs)) in enumerate(zip(axes, curves.items())):
+        for curve in runs:
             x, y = zip(*curve)
-            axis.plot([steps / 1000 for steps in x], y, color=plt.cm.viridis(i / max(1, len(runs) - 1)), linewidth=0.9)
-        axis.axhline(475, color="tab:red", linestyle="--", linewidth=0.8)
+            axis.plot([steps / 1000 for steps in x], y, color=f"C{number}", linewidth=0.9, alpha=0.5)
+        axis.axhline(475, color="black", linestyle="--", linewidth=1)
         axis.set(title=f"--algo {algo}, {len(runs)} seeds", xlabel="thousand environment steps", ylim=(0, 510))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("mean return of the batch's episodes")
-    figure.savefig(path, dpi=110)
+    axes[0].set_ylabel("mean return of the episodes")
+    figure.savefig(path)
 
 
 def main():
@@ -84,7 +97,10 @@ def main():
         line = f"{algo:>20}{f'{len(solved)} of {len(mine)}':>20}"
         for name in COLUMNS[2:]:
             values = [row[name] for row in mine if row[name] is not None] or [float("nan")]
-            digits, spread = 0 if "steps" in name or name == "SPS" else 1, statistics.stdev(values) if len(values) > 1 else 0.0
+            digits, spread = (
+                0 if "steps" in name or name == "SPS" else 1,
+                statistics.stdev(values) if len(values) > 1 else 0.0,
+            )
             line += f"{f'{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}':>20}"
         low = min(row["greedy"] for row in mine), min(row["last_100"] for row in mine)
         slow = max(row["seconds_to_solve"] or float("inf") for row in mine)

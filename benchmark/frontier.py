@@ -4,68 +4,95 @@
 # ///
 """The reward-KL frontier: held-out score over KL at the end of each run, a line through the settings of a flag.
 
-    uv run benchmark/frontier.py runs/frontier/* --save benchmark/frontier
+    uv run benchmark/frontier.py runs/frontier/* --save benchmark/results/score_over_kl
+    uv run benchmark/frontier.py --save benchmark/results/score_over_kl               # draws the picture again
 
-Folders are named {script}_{setting}_{seed}, such as dpo_beta0.1_1 and rloo_kl0.05_1; no final/, not finished, left out. A line goes through the means of
-each setting, whose single runs are small dots; the cross is the untrained model. Figure 2 of the DPO paper (arXiv 2305.18290). Writes SAVE.csv and SAVE.png.
+Folders are named {script}_{setting}_{seed}, such as dpo_beta0.1_1 and rloo_kl0.05_1. A line goes through the means of
+the settings, whose single runs are small dots; the cross is the untrained model. Figure 2 of the DPO paper, arXiv
+2305.18290. Writes SAVE.csv and SAVE.png.
 """
+
 import argparse
 import csv
 import re
 import statistics
 from pathlib import Path
 
-from compare import read
+from compare import read_run, write_csv
 
-COLUMNS = ("kl", "score", "distinct_2", "repetition")  # those that all the runs have
+NUMBER = r"\d[\d.e-]*"  # the first one of a setting is what a line varies
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--save", type=Path, required=True)
-    args = parser.parse_args()
-    points, befores, ends = {}, [], []
-    for folder in args.folders:
+def read_points(folders) -> list[dict]:
+    """A row for each run: where it began and where it ended."""
+    rows = []
+    for folder in folders:
         match = re.fullmatch(r"([a-z]+)_(.*)_(\d+)", folder.name)
         if not match or not (folder / "final").exists():
             print(f"{folder}: not finished, or not named so, left out")
             continue
-        script, setting, seed = match.groups()
-        scalars = read(folder)[1]
-        before, after = ({tag: scalars[f"eval/{tag}"][i][1] for tag in COLUMNS if f"eval/{tag}" in scalars} for i in (0, -1))
-        name = f"{script}.py, " + re.sub(r"\d[\d.e-]*", " ", setting, count=1).strip()  # the first number is what a line varies
-        points.setdefault(name, {}).setdefault(setting, []).append((after["kl"], after["score"]))
-        befores.append((before["kl"], before["score"]))
-        ends.append((script, setting, seed, after))
-    present = [tag for tag in COLUMNS if all(tag in after for *_, after in ends)]
-    header = ("script", "setting", "seed", *present)
-    rows = [(*name, *(round(after[tag], 4) for tag in present)) for *name, after in ends]
-    rows.sort(key=lambda row: (row[0], row[3]))  # by KL
-    for row in (header, *rows):
-        print("".join(f"{value:>12}" for value in row))
-    with open(args.save.with_suffix(".csv"), "w", newline="") as file:
-        csv.writer(file).writerows((header, *rows))
+        row = dict(zip(("script", "setting", "seed"), match.groups()))
+        curves = read_run(folder, 0.05)
+        for name in ("kl", "score"):
+            row[name] = round(curves[f"eval/{name}"][-1][1], 4)
+            row[f"{name}_before"] = round(curves[f"eval/{name}"][0][1], 4)
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["script"], row["kl"]))
 
+
+def mean_point(rows, suffix="") -> tuple[float, float]:
+    """(KL, score) on average."""
+    return tuple(statistics.mean(float(row[name + suffix]) for row in rows) for name in ("kl", "score"))
+
+
+def draw(save):
+    """SAVE.csv -> SAVE.png"""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
-    mean = lambda runs: tuple(map(statistics.mean, zip(*runs)))
-    for color, (name, settings) in zip(plt.cm.tab10.colors, points.items()):
-        means = sorted((*mean(runs), setting) for setting, runs in settings.items())
-        axis.plot(*zip(*sum(settings.values(), [])), ".", color=color, alpha=0.4)
-        axis.plot(*zip(*(point[:2] for point in means)), "o-", color=color, label=name)
+
+    plt.style.use(Path(__file__).parent / "plain.mplstyle")
+    with open(f"{save}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = {}
+    for row in rows:
+        varied = re.sub(NUMBER, " ", row["setting"], count=1).strip()
+        lines.setdefault(f"{row['script']}.py, by {varied}", {}).setdefault(row["setting"], []).append(row)
+
+    figure, axis = plt.subplots(figsize=(9, 5.5))
+    for number, (name, settings) in enumerate(lines.items()):
+        color = f"C{number}"
+        means = sorted((*mean_point(runs), setting) for setting, runs in settings.items())
+        for runs in settings.values():
+            axis.plot(*zip(*[mean_point([run]) for run in runs]), ".", color=color, alpha=0.4)
+        axis.plot(*zip(*[point[:2] for point in means]), "o-", color=color, label=name)
         for kl, score, setting in means:
-            axis.annotate(setting, (kl, score), xytext=(6, -10), textcoords="offset points", fontsize=8, color=color)
-    axis.plot(*mean(befores), "kx", label="before")
+            number_of_setting = re.search(NUMBER, setting)[0]
+            axis.annotate(number_of_setting, (kl, score), xytext=(6, -14), textcoords="offset points", color=color)
+    if "kl_before" in rows[0]:
+        axis.plot(*mean_point(rows, "_before"), "kx", label="before")
     axis.set_xscale("symlog", linthresh=10, linscale=3)  # linear up to 10 nats: a run without KL goes to 100
-    axis.set_xticks(ticks := [tick for tick in (0, 2, 4, 6, 8, 10, 20, 50, 100) if tick < 1.5 * max(row[3] for row in rows)], map(str, ticks))
+    longest = max(float(row["kl"]) for row in rows)
+    ticks = [tick for tick in (0, 2, 4, 6, 8, 10, 20, 50, 100) if tick < 1.5 * longest]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.set_xticks([], minor=True)
-    axis.set(xlabel="KL from the reference, nats a response", ylabel="score, held-out prompts")
-    axis.grid(alpha=0.3)
+    axis.set(xlabel="KL, nats per response", ylabel="score", title="held-out prompts, after training")
     axis.legend()
-    figure.savefig(args.save.with_suffix(".png"), dpi=110)
+    figure.savefig(f"{save}.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--save", type=Path, required=True)
+    args = parser.parse_args()
+    if args.folders:
+        rows = read_points(args.folders)
+        for row in rows:
+            print("".join(f"{value:>12}" for value in row.values()))
+        write_csv(f"{args.save}.csv", rows)
+    draw(args.save)
 
 
 if __name__ == "__main__":

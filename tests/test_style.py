@@ -151,3 +151,22 @@ def test_a_block_with_the_same_name_is_the_same_text():
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("main", "Args"):
                 seen.setdefault(node.name, set()).add(ast.get_source_segment(source, node))
     assert not [name for name, versions in seen.items() if len(versions) > 1]
+
+
+def test_sync_copies_a_block_to_the_scripts_that_have_it_and_to_no_other(tmp_path):
+    """On copies of two scripts, of which one has lost a word in a method and a decorator."""
+    import sync
+
+    paths = [tmp_path / name for name in ("rloo.py", "reinforce.py", "reward_model.py")]
+    for path in paths:
+        path.write_text((ROOT / path.name).read_text())
+    text = paths[1].read_text()
+    assert "@torch.no_grad()\ndef generate" in text
+    paths[1].write_text(
+        text.replace("@torch.no_grad()\ndef generate", "def generate").replace("cumsum(1)", "cumsum(0)")
+    )
+    assert sync.copy_block("generate", paths[0], paths) == [paths[1]]
+    assert [path.read_text() for path in paths] == [(ROOT / path.name).read_text() for path in paths]
+    assert sync.copy_block("Rows", paths[0], paths) == []  # the same already
+    with pytest.raises(SystemExit, match="no nonsense"):
+        sync.copy_block("nonsense", paths[0], paths)
