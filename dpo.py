@@ -852,6 +852,7 @@ def main(args: Args) -> None:
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # Update the policy once. A micro-batch holds pairs whose rows have about the same length.
+            # accelerate adds up their gradients: before the last one, step and zero_grad do nothing.
             indices = order[step * args.pairs_per_step : (step + 1) * args.pairs_per_step][share]
             examples = [train[i] for i in indices]
             examples.sort(key=lambda e: len(e.start) + sum(map(len, e.answers)))

@@ -926,6 +926,7 @@ def main(args: Args) -> None:
             for minibatch in minibatches:
                 n_tokens = accelerator.reduce(select(batch, minibatch, args.k).response_mask.sum())
                 # Prompts are sorted by length: those of a micro-batch have rows of about the same length.
+                # accelerate adds up their gradients: before the last one, step and zero_grad do nothing.
                 for micro in minibatch.sort().values.split(micro_size):
                     part = select(batch, micro, args.k)
                     micro_samples = [samples[i] for i in micro]

@@ -757,6 +757,7 @@ def main(args: Args) -> None:
                 baseline = accelerator.reduce(scores.mean(), "mean").item()
 
             # Update the policy once. A micro-batch holds prompts whose rows have about the same length.
+            # accelerate adds up their gradients: before the last one, step and zero_grad do nothing.
             policy.train()  # gradient checkpointing works in train mode only
             grad_norm = None
             kls = []

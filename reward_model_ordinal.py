@@ -763,6 +763,7 @@ def main(args: Args) -> None:
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # Update once. A micro-batch holds prompts whose rows have about the same length.
+            # accelerate adds up their gradients: before the last one, step and zero_grad do nothing.
             indices = order[step * args.prompts_per_step : (step + 1) * args.prompts_per_step]
             n_pairs = sum(len(train[i].pairs) for i in indices)  # of the step, over all processes
             groups = [train[i] for i in indices[share]]

@@ -748,6 +748,7 @@ def main(args: Args) -> None:
             scores = score_samples(scorers["score"], samples, device)
 
             # Update the policy once. A micro-batch holds prompts whose rows have about the same length.
+            # accelerate adds up their gradients: before the last one, step and zero_grad do nothing.
             policy.train()  # gradient checkpointing works in train mode only
             grad_norm = None
             kls = []
