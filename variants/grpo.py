@@ -550,13 +550,13 @@ def sequence_kl(logprobs, ref_logprobs, response_mask) -> torch.Tensor:
 
 def group_advantages(rewards, k, scale) -> torch.Tensor:
     """(N,) -> (N,): a reward minus the mean of its k, divided by their standard deviation, by all, or by none."""
-    groups = rewards.view(-1, k)
+    groups = rewards.view(-1, k).double()  # equal rewards have exactly their mean, and so advantages of 0
     advantages = groups - groups.mean(1, keepdim=True)
     if scale == "group":
         advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
     if scale == "batch":
         advantages = advantages / (groups.std() + 1e-4)
-    return advantages.view(-1)
+    return advantages.view(-1).to(rewards.dtype)
 
 
 def k3_kl(logprobs, ref_logprobs) -> torch.Tensor:
