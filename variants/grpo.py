@@ -69,7 +69,7 @@ class Args:
     clip_low: float = 0.2  # nothing pushes a ratio further than this below 1
     clip_high: float = 0.2  # nor further than this above 1
     updates_per_batch: int = 1  # with the same responses; in the first all ratios are 1
-    kl_coef: float = 0.04  # weight of the KL from the reference in the loss; 0: no reference is loaded
+    kl_coef: float = 0.1  # weight of the KL from the reference in the loss; 0: no reference is loaded
     temperature: float = 1.0  # of sampling, and so of the log-probabilities that are trained
     max_new_tokens: int = 24  # longest response, in tokens
     max_prompt_length: int = 256  # longer prompts, in tokens, are dropped
