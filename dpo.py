@@ -788,6 +788,16 @@ def main(args: Args) -> None:
     policy, optimizer = accelerator.prepare(ResponseLogprobs(model), optimizer)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+
+    def run_evaluation():
+        network = accelerator.unwrap_model(policy)
+        means = evaluate_pairs(args, accelerator, network, reference, held_out)
+        answers = evaluate_answers(args, accelerator, network, reference, tokenizer, answered, scorer)
+        return answers._replace(means={**means, **answers.means})
+
+    evaluations = {}
+    if held_out:
+        evaluations["SFT"] = run_evaluation()  # of the reference: no checkpoint is loaded yet
     first_step = 0
     if args.resume is not None:
         model.load_state_dict(load_model(args.resume)[0].state_dict())
@@ -796,21 +806,13 @@ def main(args: Args) -> None:
         first_step = state["step"]
     done = first_step  # whole steps
 
-    def run_evaluation(network):
-        means = evaluate_pairs(args, accelerator, network, reference, held_out)
-        answers = evaluate_answers(args, accelerator, network, reference, tokenizer, answered, scorer)
-        return answers._replace(means={**means, **answers.means})
-
     def save(name):
         state = {"step": done, "optimizer": optimizer.state_dict()}
         save_checkpoint(output_dir / name, model, tokenizer, args, state)
 
-    evaluations = {}
-    if held_out:
-        evaluations["SFT"] = run_evaluation(reference)
     if args.eval_only:
         if args.resume is not None:
-            evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+            evaluations["trained"] = run_evaluation()
         accelerator.print(report(evaluations, answered))
         return
     if is_main:
@@ -890,7 +892,7 @@ def main(args: Args) -> None:
 
             # Evaluate and save.
             if held_out and (done % args.eval_every == 0 or done == total_steps):
-                evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+                evaluations["trained"] = run_evaluation()
                 log("eval/", evaluations["trained"].means, done)
                 if is_main:
                     writer.add_text("eval/samples", f"```\n{report(evaluations, answered)}\n```", done)
@@ -908,7 +910,7 @@ def main(args: Args) -> None:
         raise
 
     if held_out and "trained" not in evaluations:  # resumed after the last step
-        evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+        evaluations["trained"] = run_evaluation()
         log("eval/", evaluations["trained"].means, done)
     accelerator.print(report(evaluations, answered))
     if is_main:

@@ -676,6 +676,13 @@ def main(args: Args) -> None:
     policy, optimizer = accelerator.prepare(ResponseLogprobs(model), optimizer)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+
+    def run_evaluation():
+        return evaluate(args, accelerator, accelerator.unwrap_model(policy), reference, tokenizer, held_out, scorers)
+
+    evaluations = {}
+    if held_out:
+        evaluations["SFT"] = run_evaluation()  # of the reference: no checkpoint is loaded yet
     first_step = 0
     if args.resume is not None:
         model.load_state_dict(load_model(args.resume)[0].state_dict())
@@ -684,19 +691,13 @@ def main(args: Args) -> None:
         first_step = state["step"]
     done = first_step  # whole steps
 
-    def run_evaluation(network):
-        return evaluate(args, accelerator, network, reference, tokenizer, held_out, scorers)
-
     def save(name):
         state = {"step": done, "optimizer": optimizer.state_dict()}
         save_checkpoint(output_dir / name, model, tokenizer, args, state)
 
-    evaluations = {}
-    if held_out:
-        evaluations["SFT"] = run_evaluation(reference)
     if args.eval_only:
         if args.resume is not None:
-            evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+            evaluations["trained"] = run_evaluation()
         accelerator.print(report(evaluations, held_out))
         return
     if is_main:
@@ -802,7 +803,7 @@ def main(args: Args) -> None:
 
             # Evaluate and save.
             if held_out and (done % args.eval_every == 0 or done == args.total_steps):
-                evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+                evaluations["trained"] = run_evaluation()
                 log("eval/", evaluations["trained"].means, done)
                 if is_main:
                     writer.add_text("eval/samples", f"```\n{report(evaluations, held_out)}\n```", done)
@@ -820,7 +821,7 @@ def main(args: Args) -> None:
         raise
 
     if held_out and "trained" not in evaluations:  # resumed after the last step
-        evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+        evaluations["trained"] = run_evaluation()
         log("eval/", evaluations["trained"].means, done)
     accelerator.print(report(evaluations, held_out))
     if is_main:

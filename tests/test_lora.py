@@ -127,7 +127,8 @@ def test_what_is_saved_loads_by_transformers_and_merges_by_the_printed_command(s
     run_script(script, *flags_of(script), "--output-dir", tmp_path / "o")
     command = capsys.readouterr().out.splitlines()[-1]
     code = command.removeprefix('python -c "').removesuffix('"').replace("'merged'", f"'{tmp_path}/merged'")
-    exec(code)
+    exec(code, {})
+    assert script.load_model(f"{tmp_path}/merged")[1].eos_token == "</s>"  # as --model would
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "o/final", attn_implementation="eager")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     a, b = (script.ResponseLogprobs(model.eval())(rows()) for model in (loaded, merged))
@@ -167,11 +168,18 @@ def test_an_adapter_folder_is_a_reward(tiny, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     byte_tokenizer().save_pretrained(tmp_path / "adapter")
     folder = rloo_lora.merge_adapter(str(tmp_path / "adapter"))
+    assert folder != str(tmp_path / "adapter")
     accelerator = SimpleNamespace(device="cpu", autocast=torch.no_grad)
     score = rloo_lora.load_scorer("--reward", folder, accelerator)
     prompt = rloo_lora.Prompt([0], None, {"prompts": "ab"})
     ids = byte_tokenizer()("abcd")["input_ids"] + [1]
     assert score([prompt], ["cd"]) == pytest.approx([model(torch.tensor([ids])).logits.item()], abs=1e-4)
+
+
+def test_an_adapter_without_a_head_is_no_reward(flags_of, tmp_path):
+    run_script(rloo_lora, *flags_of(rloo_lora), "--total-steps", 1, "--output-dir", tmp_path / "o")
+    with pytest.raises(SystemExit, match="an adapter without a trained head"):
+        rloo_lora.merge_adapter(str(tmp_path / "o/final"))
 
 
 def test_the_built_in_model_becomes_a_folder_that_adapters_can_name(tiny, tmp_path, monkeypatch):

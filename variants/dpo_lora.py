@@ -12,8 +12,8 @@
 
 A linear layer W gets an adapter, two matrices A (rank x inputs) and B (outputs x rank), and computes
     W x + lora_alpha / lora_rank * B A x          A starts at random and B at 0: at first nothing changes
-Only A and B have gradients and optimizer state. The reference is the policy with its adapter switched off, so there
-is no second model. With --load-in-4bit, W takes 4 bits per weight (NF4, QLoRA).
+Only A and B have gradients, and so optimizer state. The reference is the policy with its adapter switched off:
+there is no second model. With --load-in-4bit, W takes 4 bits per weight (NF4, QLoRA).
 DPO itself is explained in dpo.py; `diff dpo.py variants/dpo_lora.py` shows what LoRA adds.
 Hu et al. 2021, LoRA, arXiv 2106.09685; Dettmers et al. 2023, QLoRA, arXiv 2305.14314.
 
@@ -22,7 +22,8 @@ Hu et al. 2021, LoRA, arXiv 2106.09685; Dettmers et al. 2023, QLoRA, arXiv 2305.
     accelerate launch variants/dpo_lora.py --resume runs/dpo_lora__1__1767225600123/checkpoint-50
 
 The default run: 3 to 6 minutes on two CPU cores; the score of held-out prompts rises from 0.36 to TODO.
-Checkpoints and final/ hold the adapter, and transformers loads them as they are (with peft installed).
+Checkpoints and final/ hold the adapter, and transformers loads them as they are (with peft installed). For the
+other scripts, --model among them, merge it first: the last line that is printed does so.
 Left out on purpose: other adapters, trained embeddings, an SFT term in the loss, sampling new pairs.
 Shapes: B pairs, which have N = 2 B answers of at most R tokens; rows of at most T tokens; a vocabulary of V.
 """
@@ -70,7 +71,7 @@ class Args:
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"  # see dpo_loss
     lora_rank: int = 16  # rank of the adapters, on all linear layers but the head
     lora_alpha: float = 32  # their weight is lora_alpha / lora_rank
-    load_in_4bit: bool = False  # the frozen weights take 4 bits each (on a CPU that is slow)
+    load_in_4bit: bool = False  # linear layers take 4 bits per weight, embeddings do not (on a CPU: slow)
     beta: float = 0.1  # the larger, the closer to the reference (simpo, which has none: try 2)
     label_smoothing: float = 0.0  # share of wrong labels that is assumed, under 0.5 (sigmoid, robust, simpo)
     simpo_margin: float = 0.5  # gamma of simpo
@@ -96,7 +97,7 @@ class Args:
 
 
 PATHS = ("model", "dataset", "eval_dataset", "reward")  # flags that may name a file or a folder
-LOWEST = {"lora_rank": 1, "lora_alpha": 0}
+LOWEST = {"lora_rank": 1, "lora_alpha": 1e-6}
 LOWEST |= {"beta": 1e-6, "label_smoothing": 0, "simpo_margin": 0, "temperature": 0.01, "max_new_tokens": 1}
 LOWEST |= {"pairs_per_prompt": 1, "max_length": 2, "pairs_per_step": 1, "micro_batch_size": 1}
 LOWEST |= {
@@ -373,26 +374,30 @@ def load_model(name: str, auto_class=AutoModelForCausalLM, **settings):
 
 
 class FourBitCausalLM:
-    """As AutoModelForCausalLM, but linear layers take 4 bits per weight: NF4, with quantised constants (QLoRA)."""
+    """What load_model takes for AutoModelForCausalLM: linear layers in 4 bits, NF4 and quantised scales (QLoRA)."""
 
     @staticmethod
     def from_pretrained(name, **options):
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         model = AutoModelForCausalLM.from_pretrained(name, quantization_config=nf4, **options)
         for module in model.modules():
-            module.support_avx512bf16_for_cpu = False  # else bitsandbytes rounds weights again when it samples
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # else a CPU samples with other weights
         return model
 
 
 def load_base(args, accelerator):
-    """(the model that is adapted, its tokenizer). smollm2 is made a plain folder first: adapters name their base."""
+    """(the model that is adapted, its tokenizer). smollm2 is saved once as a folder: an adapter names its model."""
     name = args.model
     if name == "smollm2":
         name = os.path.join(HF_HOME, "plain-rlhf-smollm2")
         if accelerator.is_local_main_process and not os.path.exists(name):
-            for part in load_model("smollm2"):
-                part.save_pretrained(name + ".new")
-            os.rename(name + ".new", name)
+            aside = f"{name}-{os.getpid()}"
+            model, tokenizer = load_model("smollm2")
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            if not os.path.exists(name):  # another run may have been first
+                os.rename(aside, name)
         accelerator.wait_for_everyone()
     if args.load_in_4bit:
         return load_model(name, FourBitCausalLM)
@@ -401,11 +406,13 @@ def load_base(args, accelerator):
 
 def add_adapter(args, model, bf16: bool):
     """The model, frozen, with an adapter. What autocast would cast to bf16 in every pass is cast here, once."""
-    if bf16 and not args.load_in_4bit:
+    if bf16:
         for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
+            if type(module) is torch.nn.Linear:
                 module.weight = torch.nn.Parameter(module.weight.bfloat16())
-    torch.manual_seed(args.seed)  # of A
+            elif hasattr(module, "compute_dtype"):  # of 4 bits
+                module.compute_dtype = torch.bfloat16
+    torch.manual_seed(args.seed)  # A is drawn at random
     config = LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -419,9 +426,10 @@ class AdapterOff(torch.nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, *inputs):
-        with torch.no_grad(), self.policy.model.disable_adapter():
-            return self.policy(*inputs)
+    @torch.no_grad()
+    def forward(self, rows, temperature: float = 1.0) -> torch.Tensor:
+        with self.policy.model.disable_adapter():
+            return self.policy(rows, temperature)
 
 
 # ---- Scores ----
@@ -839,14 +847,15 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
 
-    def run_evaluation(network):
+    def run_evaluation():
+        network = accelerator.unwrap_model(policy)
         means = evaluate_pairs(args, accelerator, network, reference, held_out)
         answers = evaluate_answers(args, accelerator, network, reference, tokenizer, answered, scorer)
         return answers._replace(means={**means, **answers.means})
 
     evaluations = {}
     if held_out:
-        evaluations["SFT"] = run_evaluation(accelerator.unwrap_model(policy))  # the adapter does nothing yet
+        evaluations["SFT"] = run_evaluation()  # of the reference: no checkpoint is loaded yet
     first_step = 0
     if args.resume is not None:
         set_peft_model_state_dict(model, load_peft_weights(args.resume, device=str(device)))
@@ -861,7 +870,7 @@ def main(args: Args) -> None:
 
     if args.eval_only:
         if args.resume is not None:
-            evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+            evaluations["trained"] = run_evaluation()
         accelerator.print(report(evaluations, answered))
         return
     if is_main:
@@ -941,7 +950,7 @@ def main(args: Args) -> None:
 
             # Evaluate and save.
             if held_out and (done % args.eval_every == 0 or done == total_steps):
-                evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+                evaluations["trained"] = run_evaluation()
                 log("eval/", evaluations["trained"].means, done)
                 if is_main:
                     writer.add_text("eval/samples", f"```\n{report(evaluations, answered)}\n```", done)
@@ -959,15 +968,18 @@ def main(args: Args) -> None:
         raise
 
     if held_out and "trained" not in evaluations:  # resumed after the last step
-        evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+        evaluations["trained"] = run_evaluation()
         log("eval/", evaluations["trained"].means, done)
     accelerator.print(report(evaluations, answered))
     if is_main:
         writer.close()
         save("final")
-        print(f"\nAn adapter is in {output_dir}/final. Merged into its model:")
-        merge = f"m.from_pretrained('{output_dir}/final').merge_and_unload().save_pretrained('merged')"
-        print(f'python -c "from peft import AutoPeftModelForCausalLM as m; {merge}"')
+        final = output_dir / "final"
+        merge = f"M.from_pretrained('{final}').merge_and_unload().save_pretrained('merged')"
+        merge += f"; T.from_pretrained('{final}').save_pretrained('merged')"
+        print(f"\nAn adapter is in {final}. Merged into its model, for the other scripts:")
+        names = "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T"
+        print(f'python -c "{names}; {merge}"')
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@
 # ///
 """GRPO (group relative policy optimization): RLOO with scaled advantages, clipped ratios, the KL in the loss.
 
-For each prompt x, sample responses y_1 .. y_k, a group, from the policy pi, now pi_old:
+For each prompt x, sample responses y_1 .. y_k, a group, from the policy as it is now, pi_old:
     A_i  = (score(x, y_i) - mean of the group's scores) / (their standard deviation + 1e-4)
-    loss = - mean of min(ratio_t A_i, clip(ratio_t) A_i)    tokens t of y_i; ratio_t = pi(y_t) / pi_old(y_t)
-           + kl_coef * mean of (1 / r_t - 1 + log r_t)      r_t = pi(y_t) / pi_ref(y_t)
+    loss = mean of - min(ratio_t A_i, clip(ratio_t) A_i)    tokens t of y_i; ratio_t = pi(y_t) / pi_old(y_t)
+           + kl_coef * (1 / r_t - 1 + log r_t)              r_t = pi(y_t) / pi_ref(y_t)
+clip holds a ratio between 1 - clip_low and 1 + clip_high.
 The reference pi_ref is the model before training; the KL term in the loss keeps the policy near it.
 Shao et al. 2024, DeepSeekMath, arXiv 2402.03300. Dr. GRPO, arXiv 2503.20783: --scale none --aggregate constant
---kl-coef 0. DAPO, arXiv 2503.14476: --aggregate token --clip-high 0.28 --kl-coef 0.
+--kl-coef 0. DAPO, in part, arXiv 2503.14476: --aggregate token --clip-high 0.28 --kl-coef 0.
 
     accelerate launch variants/grpo.py                    # SmolLM2-135M learns to write cheerfully, offline
     accelerate launch variants/grpo.py --dataset p.jsonl --chat --reward my.py:score --kl-coef 0
@@ -64,21 +65,23 @@ class Args:
     reward: str = "vader"  # vader, a sequence classifier (hub id or directory), or path/file.py:function
     eval_reward: str | None = None  # second scorer, for evaluation only: the gold that a learned one imitates
     k: int = 4  # responses per prompt: a group
-    scale: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides the advantages
-    aggregate: Literal["sequence", "token", "constant"] = "sequence"  # see aggregate_tokens
+    scale: Literal["group", "batch", "none"] = "group"  # advantages are divided by its standard deviation
+    aggregate: Literal["sequence", "token", "constant"] = (
+        "sequence"  # lengths that divide: a response's, the mean, the longest
+    )
     clip_low: float = 0.2  # nothing pushes a ratio further than this below 1
     clip_high: float = 0.2  # nor further than this above 1
-    updates_per_batch: int = 1  # with the same responses; in the first all ratios are 1
+    updates_per_batch: int = 1  # optimizer steps with the same responses; in the first all ratios are 1
     kl_coef: float = 0.1  # weight of the KL from the reference in the loss; 0: no reference is loaded
     temperature: float = 1.0  # of sampling, and so of the log-probabilities that are trained
     max_new_tokens: int = 24  # longest response, in tokens
     max_prompt_length: int = 256  # longer prompts, in tokens, are dropped
-    prompts_per_step: int = 8  # prompts in an optimizer step, over all processes
+    prompts_per_step: int = 8  # prompts in a step, over all processes
     micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds its memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     learning_rate: float = 5e-5  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up
-    total_steps: int = 40  # optimizer steps
+    total_steps: int = 40  # steps of --updates-per-batch updates each
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
     eval_prompts: int = 60  # held out for evaluation (built-in: 10 per subject, so 6 subjects)
     eval_every: int = 20  # steps between evaluations; there is always one before and one after
@@ -549,14 +552,18 @@ def sequence_kl(logprobs, ref_logprobs, response_mask) -> torch.Tensor:
 
 
 def group_advantages(rewards, k, scale) -> torch.Tensor:
-    """(N,) -> (N,): a reward minus the mean of its k, divided by their standard deviation, by all, or by none."""
-    groups = rewards.view(-1, k).double()  # equal rewards have exactly their mean, and so advantages of 0
-    advantages = groups - groups.mean(1, keepdim=True)
+    """(N,) -> (N,): a reward minus the mean of its group of k, divided by a standard deviation (unbiased).
+
+    scale: of the group (arXiv 2402.03300), of the batch, which is all N, or none: not divided (arXiv 2503.20783).
+    """
+    groups = rewards.view(-1, k)
+    differences = groups - groups[:, :1]  # equal rewards: exactly 0
+    advantages = differences - differences.mean(1, keepdim=True)
     if scale == "group":
         advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
     if scale == "batch":
         advantages = advantages / (groups.std() + 1e-4)
-    return advantages.view(-1).to(rewards.dtype)
+    return advantages.view(-1)
 
 
 def k3_kl(logprobs, ref_logprobs) -> torch.Tensor:
@@ -565,25 +572,26 @@ def k3_kl(logprobs, ref_logprobs) -> torch.Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
-def aggregate_tokens(values, response_mask, aggregate, max_new_tokens) -> torch.Tensor:
-    """2 x (N, R) -> scalar, a mean. sequence: responses weigh the same, so a token of a long one weighs less;
-    token: all tokens of the step weigh the same (DAPO); constant: all tokens always do (Dr. GRPO)."""
-    values = values * response_mask
-    if aggregate == "sequence":
-        return (values.sum(1) / response_mask.sum(1)).mean()
-    if aggregate == "token":
-        return values.sum() / response_mask.sum()
-    return values.sum() / (len(values) * max_new_tokens)
-
-
-def grpo_loss(
-    logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high, aggregate, max_new_tokens
-) -> torch.Tensor:
-    """2 x (N, R), (N,), (N, R) -> scalar: - mean_t min(ratio A, clip(ratio) A), arXiv 2402.03300, eq. 3."""
+def grpo_loss(logprobs, old_logprobs, advantages, clip_low, clip_high) -> torch.Tensor:
+    """2 x (N, R), (N,) -> (N, R): of each token - min(ratio A, clip(ratio) A). arXiv 2402.03300, eq. 3."""
     ratio = (logprobs - old_logprobs).exp()
     surrogate = ratio * advantages[:, None]
     clipped_surrogate = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages[:, None]
-    return aggregate_tokens(-torch.min(surrogate, clipped_surrogate), response_mask, aggregate, max_new_tokens)
+    return -torch.min(surrogate, clipped_surrogate)
+
+
+def aggregate_tokens(token_losses, response_mask, aggregate, mean_length, max_new_tokens) -> torch.Tensor:
+    """2 x (N, R) -> scalar: the mean over responses of the sum over tokens, divided by a length.
+
+    aggregate: sequence, the response's own length (GRPO); token, the step's mean length, so that all its tokens
+    weigh the same (DAPO, there of a group); constant, the longest length (Dr. GRPO).
+    """
+    sums = (token_losses * response_mask).sum(1)
+    if aggregate == "sequence":
+        return (sums / response_mask.sum(1)).mean()
+    if aggregate == "token":
+        return (sums / mean_length).mean()
+    return (sums / max_new_tokens).mean()
 
 
 # ---- Evaluation ----
@@ -709,6 +717,20 @@ def main(args: Args) -> None:
     policy, optimizer = accelerator.prepare(ResponseLogprobs(model), optimizer)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+
+    def run_evaluation():
+        network = accelerator.unwrap_model(policy)
+        compared = reference
+        if reference is None:
+            compared = network
+        evaluation = evaluate(args, accelerator, network, compared, tokenizer, held_out, scorers)
+        if reference is None:
+            del evaluation.means["kl"]  # of the network from itself
+        return evaluation
+
+    evaluations = {}
+    if held_out:
+        evaluations["SFT"] = run_evaluation()  # of the reference: no checkpoint is loaded yet
     first_step = 0
     if args.resume is not None:
         model.load_state_dict(load_model(args.resume)[0].state_dict())
@@ -717,25 +739,13 @@ def main(args: Args) -> None:
         first_step = state["step"]
     done = first_step  # whole steps
 
-    def run_evaluation(network):
-        if reference is not None:
-            return evaluate(args, accelerator, network, reference, tokenizer, held_out, scorers)
-        evaluation = evaluate(args, accelerator, network, network, tokenizer, held_out, scorers)
-        del evaluation.means["kl"]  # from itself
-        return evaluation
-
     def save(name):
         state = {"step": done, "optimizer": optimizer.state_dict()}
         save_checkpoint(output_dir / name, model, tokenizer, args, state)
 
-    evaluations = {}
-    if held_out and reference is not None:
-        evaluations["SFT"] = run_evaluation(reference)
-    if held_out and reference is None and args.resume is None:
-        evaluations["SFT"] = run_evaluation(accelerator.unwrap_model(policy))
     if args.eval_only:
         if args.resume is not None:
-            evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+            evaluations["trained"] = run_evaluation()
         accelerator.print(report(evaluations, held_out))
         return
     if is_main:
@@ -758,8 +768,6 @@ def main(args: Args) -> None:
     size = args.prompts_per_step // accelerator.num_processes
     share = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
     micro_size = size // micro_batches
-    clip = (args.clip_low, args.clip_high)
-    aggregation = (args.aggregate, args.max_new_tokens)
 
     # A signal ends the run after the step that is under way.
     signals = []
@@ -789,8 +797,8 @@ def main(args: Args) -> None:
             scores = score_samples(scorers["score"], samples, device)
             all_scores = accelerator.gather(scores)  # of all processes, for --scale batch
             advantages = group_advantages(all_scores.flatten(), args.k, args.scale).view(-1, args.k)[share]
-            own_tokens = sum(len(ids) for s in samples for ids in s.responses)
-            n_tokens = accelerator.reduce(torch.tensor(own_tokens, device=device))
+            own_length = sum(len(ids) for s in samples for ids in s.responses) / scores.numel()
+            mean_length = accelerator.reduce(torch.tensor(own_length, device=device), "mean")
 
             # Update the policy. A micro-batch holds prompts whose rows have about the same length.
             # accelerate adds up their gradients: before the last one, step and zero_grad do nothing.
@@ -801,25 +809,26 @@ def main(args: Args) -> None:
             token_nlls = []
             old_logprobs = {}  # of each micro-batch, by the policy that sampled
             ref_logprobs = {}
-            for start in list(range(0, size, micro_size)) * args.updates_per_batch:
+            passes = list(range(0, size, micro_size)) * args.updates_per_batch  # where each micro-batch starts
+            for start in passes:
                 micro = samples[start : start + micro_size]
                 rows = make_rows([s.prompt.ids for s in micro], [s.responses for s in micro], device)
                 mask = rows.response_mask
                 with accelerator.accumulate(policy):
                     logprobs = policy(rows, args.temperature)
-                    if start not in old_logprobs:
+                    if start not in old_logprobs:  # first update: the policy is still the one that sampled
                         old_logprobs[start] = logprobs.detach()
                         token_nlls.append(-old_logprobs[start][mask])
                         if reference is not None:
                             ref_logprobs[start] = reference(rows, args.temperature)  # frozen: no graph is built
                             kls.append(sequence_kl(old_logprobs[start], ref_logprobs[start], mask))
                     micro_advantages = advantages[start : start + micro_size].flatten()
-                    loss = grpo_loss(logprobs, old_logprobs[start], micro_advantages, mask, *clip, *aggregation)
+                    token_losses = grpo_loss(
+                        logprobs, old_logprobs[start], micro_advantages, args.clip_low, args.clip_high
+                    )
                     if reference is not None:
-                        kl_loss = aggregate_tokens(k3_kl(logprobs, ref_logprobs[start]), mask, *aggregation)
-                        loss = loss + args.kl_coef * kl_loss
-                    if args.aggregate == "token":  # a mean over the tokens of the step, not of this micro-batch
-                        loss = loss * mask.sum() / n_tokens * micro_batches * accelerator.num_processes
+                        token_losses = token_losses + args.kl_coef * k3_kl(logprobs, ref_logprobs[start])
+                    loss = aggregate_tokens(token_losses, mask, args.aggregate, mean_length, args.max_new_tokens)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
@@ -834,31 +843,29 @@ def main(args: Args) -> None:
 
             # Log the means over all processes.
             mean_score = scores.mean().item()
-            mean_kl = math.nan  # not known without a reference
-            if reference is not None:
-                mean_kl = torch.cat(kls).mean().item()
-            equal_groups = (scores == scores[:, :1]).all(1).sum().item()  # whose advantages are all 0
+            equal_groups = (all_scores == all_scores[:, :1]).all(1).sum().item()  # whose advantages are all 0
             metrics = {
                 "objective/scores": mean_score,
-                "objective/kl": mean_kl,
-                "objective/equal_groups": float(equal_groups * accelerator.num_processes),
+                "objective/equal_groups": float(equal_groups),
                 "objective/entropy": torch.cat(token_nlls).mean().item(),  # nats per token
                 "loss/policy": torch.stack(losses).mean().item(),
                 "policy/grad_norm": grad_norm.item(),
-                "val/response_length": own_tokens / scores.numel(),
+                "val/response_length": own_length,
                 "charts/learning_rate": learning_rate,
                 "charts/samples_per_second": args.prompts_per_step * args.k / (time.time() - began),
                 "signals": float(len(signals)),
             }
+            if reference is not None:
+                metrics["objective/kl"] = torch.cat(kls).mean().item()
             means = accelerator.reduce(torch.tensor(list(metrics.values()), device=device), "mean")
             metrics = dict(zip(metrics, means.tolist()))
             signalled = metrics.pop("signals") > 0
-            progress.set_postfix(score=metrics["objective/scores"], kl=metrics["objective/kl"])
+            progress.set_postfix(score=metrics["objective/scores"], kl=metrics.get("objective/kl"))
             log("", metrics, done)
 
             # Evaluate and save.
             if held_out and (done % args.eval_every == 0 or done == args.total_steps):
-                evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+                evaluations["trained"] = run_evaluation()
                 log("eval/", evaluations["trained"].means, done)
                 if is_main:
                     writer.add_text("eval/samples", f"```\n{report(evaluations, held_out)}\n```", done)
@@ -867,7 +874,7 @@ def main(args: Args) -> None:
             if signalled and done < args.total_steps:
                 sys.exit("stopped by a signal")
     except BaseException as error:
-        # Whatever ends the run, the weights after the last whole step are kept.
+        # Whatever ends the run, the weights after the last whole step are kept; within one, those of the moment.
         if is_main and done > first_step:
             save(f"checkpoint-{done}")
             print(f"\nKept the weights. To go on: --resume {output_dir}/checkpoint-{done}", file=sys.stderr)
@@ -876,7 +883,7 @@ def main(args: Args) -> None:
         raise
 
     if held_out and "trained" not in evaluations:  # resumed after the last step
-        evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+        evaluations["trained"] = run_evaluation()
         log("eval/", evaluations["trained"].means, done)
     accelerator.print(report(evaluations, held_out))
     if is_main:

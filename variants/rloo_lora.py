@@ -12,8 +12,8 @@
 
 A linear layer W gets an adapter, two matrices A (rank x inputs) and B (outputs x rank), and computes
     W x + lora_alpha / lora_rank * B A x          A starts at random and B at 0: at first nothing changes
-Only A and B have gradients and optimizer state. The reference is the policy with its adapter switched off, so there
-is no second model. With --load-in-4bit, W takes 4 bits per weight (NF4, QLoRA).
+Only A and B have gradients, and so optimizer state. The reference is the policy with its adapter switched off:
+there is no second model. With --load-in-4bit, W takes 4 bits per weight (NF4, QLoRA).
 RLOO itself is explained in rloo.py; `diff rloo.py variants/rloo_lora.py` shows what LoRA adds.
 Hu et al. 2021, LoRA, arXiv 2106.09685; Dettmers et al. 2023, QLoRA, arXiv 2305.14314.
 
@@ -22,11 +22,13 @@ Hu et al. 2021, LoRA, arXiv 2106.09685; Dettmers et al. 2023, QLoRA, arXiv 2305.
     accelerate launch variants/rloo_lora.py --resume runs/rloo_lora__1__1767225600123/checkpoint-20
 
 The default run: 4 to 9 minutes on two CPU cores; the score of held-out prompts rises from 0.31 to TODO.
-Checkpoints and final/ hold the adapter, and transformers loads them as they are (with peft installed).
+Checkpoints and final/ hold the adapter, and transformers loads them as they are (with peft installed). For the
+other scripts, --model among them, merge it first: the last line that is printed does so.
 Left out on purpose: other adapters, trained embeddings, several updates per batch, vLLM, top-p.
 Shapes: N = prompts · k responses of at most R tokens; B rows of at most T tokens; a vocabulary of V.
 """
 
+import atexit
 import ctypes
 import dataclasses
 import importlib.util
@@ -70,7 +72,7 @@ class Args:
     k: int = 4  # responses per prompt, each measured against the other k - 1
     lora_rank: int = 16  # rank of the adapters, on all linear layers but the head
     lora_alpha: float = 32  # their weight is lora_alpha / lora_rank
-    load_in_4bit: bool = False  # the frozen weights take 4 bits each (on a CPU that is slow)
+    load_in_4bit: bool = False  # linear layers take 4 bits per weight, embeddings do not (on a CPU: slow)
     kl_coef: float = 0.05  # weight of the KL from the reference in the reward
     temperature: float = 1.0  # of sampling, and so of the log-probabilities that are trained
     max_new_tokens: int = 24  # longest response, in tokens
@@ -93,7 +95,7 @@ class Args:
 
 
 PATHS = ("model", "dataset", "reward", "eval_reward")  # flags that may name a file or a folder
-LOWEST = {"lora_rank": 1, "lora_alpha": 0}
+LOWEST = {"lora_rank": 1, "lora_alpha": 1e-6}
 LOWEST |= {"k": 2, "kl_coef": 0, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1}
 LOWEST |= {"micro_batch_size": 1, "learning_rate": 0, "warmup_steps": 0, "total_steps": 1}
 LOWEST |= {"max_grad_norm": 1e-6, "eval_prompts": 0, "eval_every": 1, "save_every": 1}
@@ -265,26 +267,30 @@ def load_model(name: str, auto_class=AutoModelForCausalLM, **settings):
 
 
 class FourBitCausalLM:
-    """As AutoModelForCausalLM, but linear layers take 4 bits per weight: NF4, with quantised constants (QLoRA)."""
+    """What load_model takes for AutoModelForCausalLM: linear layers in 4 bits, NF4 and quantised scales (QLoRA)."""
 
     @staticmethod
     def from_pretrained(name, **options):
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         model = AutoModelForCausalLM.from_pretrained(name, quantization_config=nf4, **options)
         for module in model.modules():
-            module.support_avx512bf16_for_cpu = False  # else bitsandbytes rounds weights again when it samples
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # else a CPU samples with other weights
         return model
 
 
 def load_base(args, accelerator):
-    """(the model that is adapted, its tokenizer). smollm2 is made a plain folder first: adapters name their base."""
+    """(the model that is adapted, its tokenizer). smollm2 is saved once as a folder: an adapter names its model."""
     name = args.model
     if name == "smollm2":
         name = os.path.join(HF_HOME, "plain-rlhf-smollm2")
         if accelerator.is_local_main_process and not os.path.exists(name):
-            for part in load_model("smollm2"):
-                part.save_pretrained(name + ".new")
-            os.rename(name + ".new", name)
+            aside = f"{name}-{os.getpid()}"
+            model, tokenizer = load_model("smollm2")
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            if not os.path.exists(name):  # another run may have been first
+                os.rename(aside, name)
         accelerator.wait_for_everyone()
     if args.load_in_4bit:
         return load_model(name, FourBitCausalLM)
@@ -293,11 +299,13 @@ def load_base(args, accelerator):
 
 def add_adapter(args, model, bf16: bool):
     """The model, frozen, with an adapter. What autocast would cast to bf16 in every pass is cast here, once."""
-    if bf16 and not args.load_in_4bit:
+    if bf16:
         for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
+            if type(module) is torch.nn.Linear:
                 module.weight = torch.nn.Parameter(module.weight.bfloat16())
-    torch.manual_seed(args.seed)  # of A
+            elif hasattr(module, "compute_dtype"):  # of 4 bits
+                module.compute_dtype = torch.bfloat16
+    torch.manual_seed(args.seed)  # A is drawn at random
     config = LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -311,9 +319,10 @@ class AdapterOff(torch.nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, *inputs):
-        with torch.no_grad(), self.policy.model.disable_adapter():
-            return self.policy(*inputs)
+    @torch.no_grad()
+    def forward(self, rows, temperature: float = 1.0) -> torch.Tensor:
+        with self.policy.model.disable_adapter():
+            return self.policy(rows, temperature)
 
 
 def merge_adapter(name: str | None) -> str | None:
@@ -321,8 +330,11 @@ def merge_adapter(name: str | None) -> str | None:
     if name is None or not os.path.exists(os.path.join(name, "adapter_config.json")):
         return name
     heads = [weight for key, weight in load_peft_weights(name).items() if key.endswith("score.weight")]
+    if not heads:
+        sys.exit(f"--reward {name}: an adapter without a trained head `score`")
     model = AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=len(heads[0]))
     folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
     model.merge_and_unload().save_pretrained(folder)
     AutoTokenizer.from_pretrained(name).save_pretrained(folder)
     return folder
@@ -741,12 +753,12 @@ def main(args: Args) -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
 
-    def run_evaluation(network):
-        return evaluate(args, accelerator, network, reference, tokenizer, held_out, scorers)
+    def run_evaluation():
+        return evaluate(args, accelerator, accelerator.unwrap_model(policy), reference, tokenizer, held_out, scorers)
 
     evaluations = {}
     if held_out:
-        evaluations["SFT"] = run_evaluation(accelerator.unwrap_model(policy))  # the adapter does nothing yet
+        evaluations["SFT"] = run_evaluation()  # of the reference: no checkpoint is loaded yet
     first_step = 0
     if args.resume is not None:
         set_peft_model_state_dict(model, load_peft_weights(args.resume, device=str(device)))
@@ -761,7 +773,7 @@ def main(args: Args) -> None:
 
     if args.eval_only:
         if args.resume is not None:
-            evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+            evaluations["trained"] = run_evaluation()
         accelerator.print(report(evaluations, held_out))
         return
     if is_main:
@@ -867,7 +879,7 @@ def main(args: Args) -> None:
 
             # Evaluate and save.
             if held_out and (done % args.eval_every == 0 or done == args.total_steps):
-                evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+                evaluations["trained"] = run_evaluation()
                 log("eval/", evaluations["trained"].means, done)
                 if is_main:
                     writer.add_text("eval/samples", f"```\n{report(evaluations, held_out)}\n```", done)
@@ -885,15 +897,18 @@ def main(args: Args) -> None:
         raise
 
     if held_out and "trained" not in evaluations:  # resumed after the last step
-        evaluations["trained"] = run_evaluation(accelerator.unwrap_model(policy))
+        evaluations["trained"] = run_evaluation()
         log("eval/", evaluations["trained"].means, done)
     accelerator.print(report(evaluations, held_out))
     if is_main:
         writer.close()
         save("final")
-        print(f"\nAn adapter is in {output_dir}/final. Merged into its model:")
-        merge = f"m.from_pretrained('{output_dir}/final').merge_and_unload().save_pretrained('merged')"
-        print(f'python -c "from peft import AutoPeftModelForCausalLM as m; {merge}"')
+        final = output_dir / "final"
+        merge = f"M.from_pretrained('{final}').merge_and_unload().save_pretrained('merged')"
+        merge += f"; T.from_pretrained('{final}').save_pretrained('merged')"
+        print(f"\nAn adapter is in {final}. Merged into its model, for the other scripts:")
+        names = "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T"
+        print(f'python -c "{names}; {merge}"')
 
 
 if __name__ == "__main__":
