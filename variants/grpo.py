@@ -66,9 +66,7 @@ class Args:
     eval_reward: str | None = None  # second scorer, for evaluation only: the gold that a learned one imitates
     k: int = 4  # responses per prompt: a group
     scale: Literal["group", "batch", "none"] = "group"  # advantages are divided by its standard deviation
-    aggregate: Literal["sequence", "token", "constant"] = (
-        "sequence"  # lengths that divide: a response's, the mean, the longest
-    )
+    aggregate: Literal["sequence", "token", "constant"] = "sequence"  # which length divides: see aggregate_tokens
     clip_low: float = 0.2  # nothing pushes a ratio further than this below 1
     clip_high: float = 0.2  # nor further than this above 1
     updates_per_batch: int = 1  # optimizer steps with the same responses; in the first all ratios are 1
