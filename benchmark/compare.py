@@ -11,7 +11,8 @@
 Folders are named as seeds.py does, {name}{seed} or {name}_{seed}; those of one name are one row and one color.
 SAVE.csv has the first and the last evaluation of each run, SAVE_curves.csv what the picture shows, SAVE.png: score and
 KL of the training batches, and held-out score over held-out KL, a path from the untrained model to the trained one.
-Each run is thin and the mean of a name thick. The objective is score - kl_coef x KL: what the RL scripts maximise.
+Each run is thin, in the last panel a dot where it ends, and the mean of a name thick. The objective is
+score - kl_coef x KL: what the RL scripts maximise.
 """
 
 import argparse
@@ -115,7 +116,9 @@ def draw(save):
                     xs, ys = zip(*points)
                     if x == "step":
                         ys = last_five(ys)
-                    axis.plot(xs, ys, color=f"C{number}", linewidth=0.8, alpha=0.4)
+                        axis.plot(xs, ys, color=f"C{number}", linewidth=0.8, alpha=0.4)
+                    else:
+                        axis.plot(xs[-1], ys[-1], "o", color=f"C{number}", markersize=5, alpha=0.5)
                     lines.append((xs, ys))
             if lines:
                 xs, ys = ([statistics.mean(values) for values in zip(*side)] for side in zip(*lines))
