@@ -161,7 +161,10 @@ def read_pairs(args, accelerator, name: str | None, split: str) -> list[Pair]:
     """The pairs of a preference dataset, without rows that lack a prompt or two different answers."""
     built_in = name is None
     if built_in:
-        name = str(Path(__file__).resolve().parent / "data/cheerful_pairs.jsonl.gz")
+        home = Path(__file__).resolve().parent
+        if home.name == "variants":
+            home = home.parent
+        name = str(home / "data/cheerful_pairs.jsonl.gz")
         if not Path(name).exists():
             sys.exit(f"--dataset: give one, {name} is not there")
     records = read_dataset(name, split)

@@ -136,6 +136,12 @@ def test_what_is_saved_loads_by_transformers_and_merges_by_the_printed_command(s
     assert (a - script.ResponseLogprobs(tiny_llama())(rows())).abs().max() > 1e-3
 
 
+def test_dpo_finds_the_built_in_pairs():
+    args = dpo_lora.Args()
+    pairs = dpo_lora.read_pairs(args, SimpleNamespace(print=print), None, "train")
+    assert len(pairs) == 5371
+
+
 def test_two_processes_equal_one(flags_of, tmp_path):
     flags = [*flags_of(rloo_lora), "--total-steps", 2]
     run_script(rloo_lora, *flags, "--output-dir", tmp_path / "one")
