@@ -201,6 +201,7 @@ def test_pipeline_prints_both_kinds_and_draws_them(runs, monkeypatch, capsys, tm
         (compare, "rloo_learning_curves"),
         (compare, "algorithms_compared"),
         (compare, "without_kl"),
+        (compare, "word_count"),
         (frontier, "score_over_kl"),
         (frontier, "score_over_kl_learning_rates"),
         (pipeline, "learned_reward"),

