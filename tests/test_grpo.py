@@ -127,7 +127,7 @@ def test_loss_golden_sign_and_clipping(aggregate):
     assert torch.allclose(logprobs.grad, -slopes * weights, atol=1e-6)
 
 
-@pytest.mark.parametrize("clip", [(0.0, 0.0), (0.2, 0.28)])
+@pytest.mark.parametrize("clip", [(1e-6, 1e-6), (0.2, 0.28)])
 def test_at_a_ratio_of_one_nothing_is_clipped(clip):
     logprobs = torch.tensor([[-1.0, -2], [-3, -4]], requires_grad=True)
     grpo.grpo_loss(logprobs, logprobs.detach(), torch.tensor([2.0, -1.0]), *clip).sum().backward()
@@ -406,7 +406,7 @@ def test_one_update_per_batch_is_never_clipped_and_several_are(flags, tmp_path):
         run_script(grpo, *flags, *more, "--total-steps", 2, "--eval-prompts", 0, "--output-dir", out)
         return out / "final"
 
-    assert same(go(1, 0), go(1, 1e9))
+    assert same(go(1, 1e-6), go(1, 1e9))
     assert not same(go(3, 0.01), go(3, 1e9))
 
 
@@ -460,8 +460,8 @@ def test_it_learns(tiny_flags, tmp_path):
     "flags, said",
     [
         (["--k", 1], "--k 1: must be a number of 2 or more"),
-        (["--clip-low", -1], "--clip-low -1.0: must be a number of 0 or more"),
-        (["--clip-high", "nan"], "--clip-high nan: must be a number of 0 or more"),
+        (["--clip-low", -1], "--clip-low -1.0: must be a number of 1e-06 or more"),
+        (["--clip-high", "nan"], "--clip-high nan: must be a number of 1e-06 or more"),
         (["--updates-per-batch", 0], "--updates-per-batch 0: must be a number of 1 or more"),
         (["--kl-coef", -0.1], "--kl-coef -0.1: must be a number of 0 or more"),
         (["--micro-batch-size", 3], "--micro-batch-size: must divide --prompts-per-step"),

@@ -92,7 +92,7 @@ class Args:
 
 
 PATHS = ("model", "dataset", "reward", "eval_reward")  # flags that may name a file or a folder
-LOWEST = {"clip_low": 0, "clip_high": 0, "updates_per_batch": 1}
+LOWEST = {"clip_low": 1e-6, "clip_high": 1e-6, "updates_per_batch": 1}
 LOWEST |= {"k": 2, "kl_coef": 0, "temperature": 0.01, "max_new_tokens": 1, "prompts_per_step": 1}
 LOWEST |= {"micro_batch_size": 1, "learning_rate": 0, "warmup_steps": 0, "total_steps": 1}
 LOWEST |= {"max_grad_norm": 1e-6, "eval_prompts": 0, "eval_every": 1, "save_every": 1}
