@@ -484,9 +484,11 @@ def check_model(args, network, longest: int, flags: str) -> None:
     limit = getattr(config, "max_position_embeddings", longest)
     if longest > limit:
         sys.exit(f"{flags}: texts of {longest} tokens, --model reads {limit}")
-    prompt = [1, 2, 3]
-    response = [6, 7, 8]
-    neighbours = [[4, 4, 4]] * 80  # a long row: some models have windows that count its tokens
+    # Any tokens but the first: they are often special, and there rounding alone makes a difference.
+    size = network.model.get_input_embeddings().num_embeddings
+    prompt = [size // 2, size // 3, size // 4]
+    response = [size // 5, size // 6, size // 7]
+    neighbours = [[size // 8] * 3] * 80  # a long row: some models have windows that count its tokens
     device = network.model.device
     try:
         alone = network(make_rows([prompt], [[response]], device))[0]
