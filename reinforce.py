@@ -418,7 +418,7 @@ def load_classifier(flag: str, name: str, accelerator):
 
 
 def score_samples(scorer, samples, device) -> torch.Tensor:
-    """(prompts, k) scores; NaN if the scorer fails. In training the gradient is NaN then, and all stop."""
+    """(prompts, k) scores; NaN if the scorer fails: in training all processes stop then."""
     prompts = []
     texts = []
     for sample in samples:
