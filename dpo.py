@@ -162,7 +162,7 @@ def read_pairs(args, accelerator, name: str | None, split: str) -> list[Pair]:
     built_in = name is None
     if built_in:
         home = Path(__file__).resolve().parent
-        if home.name == "variants":
+        if home.name in ("variants", "feedback"):
             home = home.parent
         name = str(home / "data/cheerful_pairs.jsonl.gz")
         if not Path(name).exists():

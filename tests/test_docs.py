@@ -8,7 +8,7 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-PATHS = [path for folder in (".", "variants") for path in sorted((ROOT / folder).glob("*.py"))]
+PATHS = [path for folder in (".", "variants", "feedback") for path in sorted((ROOT / folder).glob("*.py"))]
 SCRIPTS = [path.stem for path in PATHS]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmark/README.md")]
 PAGES += [ROOT / "benchmark/RESULTS.md", ROOT / "tests/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,7 +84,7 @@ SHOWN += PATHS
 def test_every_command_of_ours_that_is_shown_is_understood(page):
     text = page.read_text().replace("\\\n", " ")
     launchers = r"(?:accelerate launch|uv run|python|torchrun)(?: --\S+ [^-\s]\S*)*"
-    shown = re.findall(rf"{launchers} (?:variants/)?(\w+)\.py\b([^#`|\n]*)", text)
+    shown = re.findall(rf"{launchers} (?:variants/|feedback/)?(\w+)\.py\b([^#`|\n]*)", text)
     if page.stem in SCRIPTS:
         assert len(shown) >= 2
     for script, flags in shown:

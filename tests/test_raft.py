@@ -306,7 +306,6 @@ def test_two_processes_equal_one(flags, sampled, tmp_path):
 
 @KEEPS
 def test_resume_is_bit_exact_and_the_table_has_a_kl(keep, flags, tmp_path, capsys):
-    """args.json makes a list of the tuple of quantiles."""
     more = ["--keep", keep, "--quantiles", 0, 0.4, 1, "--improve-steps", 2, "--total-steps", 4, "--save-every", 1]
     run_script(raft, *flags, *more, "--eval-prompts", 3, "--output-dir", tmp_path / "o")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "  kl " in line] == ["SFT", "trained"]
@@ -317,6 +316,8 @@ def test_resume_is_bit_exact_and_the_table_has_a_kl(keep, flags, tmp_path, capsy
     for tag in ("loss/policy", "objective/kept"):
         assert scalars(tmp_path / "p", tag) == scalars(tmp_path / "o", tag)[1:]
     assert len(set(scalars(tmp_path / "o", "objective/kept"))) == (1 if keep == "best" else 3)
+    saved = [json.loads((tmp_path / run / "final/args.json").read_text())["quantiles"] for run in "op"]
+    assert saved == [[0, 0.4, 1]] * 2
 
 
 def test_a_scorer_that_fails_stops_the_run_and_keeps_the_weights(tiny_flags, tmp_path, capsys):
@@ -341,6 +342,8 @@ def test_a_scorer_that_fails_stops_the_run_and_keeps_the_weights(tiny_flags, tmp
     [
         (["--k", 0], "--k 0: must be a number of 1 or more"),
         (["--improve-steps", 0], "--improve-steps 0: must be a number of 1 or more"),
+        (["--keep", "quantile", "--quantiles"], r"--quantiles \[\]: numbers from 0 to 1"),
+        (["--quantiles", 0.7, 1.1], r"--quantiles \[0.7, 1.1\]: numbers from 0 to 1"),
         (["--kl-coef", -0.1], "--kl-coef -0.1: must be a number of 0 or more"),
         (["--micro-batch-size", 3], "--micro-batch-size: must divide --prompts-per-step"),
         (["--resume", "."], "--resume .: no checkpoint"),

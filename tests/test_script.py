@@ -925,6 +925,7 @@ def test_the_readmes_examples_with_your_model_data_and_reward(tiny, tmp_path):
     (function,) = re.findall(r"```python\n(.*?)```", section, re.S)
     shell = "".join(re.findall(r"```sh\n(.*?)```", section, re.S)).replace("openai/gsm8k:main", "gsm8k.jsonl.gz")
     (tmp_path / "my.py").write_text(function)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     rows = [{"prompt": f"Say {i}", "question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(12)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "prompts.jsonl").write_text(lines)

@@ -14,7 +14,7 @@ except ImportError:  # Python 3.10, where pytest brings it
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = (".", "variants")  # of self-contained scripts
+FOLDERS = (".", "variants", "feedback")  # of self-contained scripts
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 

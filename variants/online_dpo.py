@@ -76,7 +76,7 @@ class Args:
     prompts_per_step: int = 8  # prompts in an optimizer step, over all processes
     micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds its memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    learning_rate: float = 1e-5  # its peak: linear warm-up, then linear to 0
+    learning_rate: float = 2e-5  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 40  # optimizer steps
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm

@@ -150,7 +150,7 @@ def read_turns(args, accelerator, name: str | None, split: str) -> list[list[Tur
     built_in = name is None
     if built_in:
         home = Path(__file__).resolve().parent
-        if home.name == "variants":
+        if home.name in ("variants", "feedback"):
             home = home.parent
         name = str(home / "data/cheerful_pairs.jsonl.gz")
         if not Path(name).exists():

