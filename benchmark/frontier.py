@@ -27,7 +27,7 @@ def read_points(folders) -> list[dict]:
     """A row for each run: where it began and where it ended."""
     rows = []
     for folder in folders:
-        match = re.fullmatch(r"([a-z]+)_(.*)_(\d+)", folder.name)
+        match = re.fullmatch(r"([a-z_]+)_([a-z]+\d.*)_(\d+)", folder.name)
         if not match or not (folder / "final").exists():
             print(f"{folder}: not finished, or not named so, left out")
             continue
@@ -38,6 +38,17 @@ def read_points(folders) -> list[dict]:
             row[f"{name}_before"] = round(curves[f"eval/{name}"][0][1], 4)
         rows.append(row)
     return sorted(rows, key=lambda row: (row["script"], row["kl"]))
+
+
+def read_compared(path) -> list[dict]:
+    """Rows for the runs of a CSV file of compare.py: a point for each of its names."""
+    rows = []
+    with open(path, newline="") as file:
+        for run in csv.DictReader(file):
+            row = {"script": run["name"], "setting": "defaults", "seed": run["seed"]}
+            row |= {"kl": run["kl_after"], "kl_before": run["kl_before"]}
+            rows.append(row | {"score": run["score_after"], "score_before": run["score_before"]})
+    return rows
 
 
 def mean_point(rows, suffix="") -> tuple[float, float]:
@@ -58,7 +69,10 @@ def draw(save):
     lines = {}
     for row in rows:
         varied = re.sub(NUMBER, " ", row["setting"], count=1).strip()
-        lines.setdefault(f"{row['script']}.py, by {varied}", {}).setdefault(row["setting"], []).append(row)
+        name = f"{row['script']}.py, by {varied}"
+        if varied == "defaults":
+            name = row["script"]
+        lines.setdefault(name, {}).setdefault(row["setting"], []).append(row)
 
     figure, axis = plt.subplots(figsize=(9, 5.5))
     for number, (name, settings) in enumerate(lines.items()):
@@ -68,8 +82,9 @@ def draw(save):
             axis.plot(*zip(*[mean_point([run]) for run in runs]), ".", color=color, alpha=0.4)
         axis.plot(*zip(*[point[:2] for point in means]), "o-", color=color, label=name)
         for kl, score, setting in means:
-            number_of_setting = re.search(NUMBER, setting)[0]
-            axis.annotate(number_of_setting, (kl, score), xytext=(6, -14), textcoords="offset points", color=color)
+            number_of_setting = re.search(NUMBER, setting)
+            if number_of_setting:
+                axis.annotate(number_of_setting[0], (kl, score), xytext=(6, -14), textcoords="offset points", color=color)
     if "kl_before" in rows[0]:
         axis.plot(*mean_point(rows, "_before"), "kx", label="before")
     axis.set_xscale("symlog", linthresh=10, linscale=3)  # linear up to 10 nats: a run without KL goes to 100
@@ -85,10 +100,13 @@ def draw(save):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--also", type=Path, default=None, help="a CSV file of compare.py: a point for each name")
     parser.add_argument("--save", type=Path, required=True)
     args = parser.parse_args()
     if args.folders:
         rows = read_points(args.folders)
+        if args.also:
+            rows += read_compared(args.also)
         for row in rows:
             print("".join(f"{value:>12}" for value in row.values()))
         write_csv(f"{args.save}.csv", rows)

@@ -383,7 +383,7 @@ def judge_all(args, comparisons) -> list[dict]:
 
     # The key is who is asked, and what: the first two questions hold it all. What a row lacks is asked now.
     keys = []
-    missing = []
+    missing = {}
     for comparison in comparisons:
         questions = questions_of(args, comparison)
         asked = [args.base_url, args.model, *list(questions.values())[:2]]
@@ -392,7 +392,7 @@ def judge_all(args, comparisons) -> list[dict]:
         row = rows.setdefault(key, new_row)
         keys.append(key)
         if not questions.keys() <= row["masses"].keys():
-            missing.append((row, questions))
+            missing[key] = (row, questions)
     print(f"{len(comparisons)} pairs to judge, {len(comparisons) - len(missing)} of them are in {path}")
     judge, workers = None, 1
     if missing:
@@ -405,14 +405,15 @@ def judge_all(args, comparisons) -> list[dict]:
                 if names not in row["masses"]:
                     row["masses"][names], row["replies"][names] = judge(question, LABELS[args.mode])
         finally:
-            with lock:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
+            if row["masses"]:
+                with lock:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.flush()
 
     with open(path, "a", encoding="utf8") as file, ThreadPoolExecutor(workers) as pool:
         if line and not line.endswith("\n"):
             file.write("\n")
-        futures = [pool.submit(complete_row, *work) for work in missing]
+        futures = [pool.submit(complete_row, *work) for work in missing.values()]
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc="judging", leave=False):
                 future.result()
@@ -459,7 +460,7 @@ def verdict_of_larger(x, y) -> float | None:
     return float(x > y)
 
 
-def win_rate(wins, losses, ties) -> tuple[float, float, float]:
+def wilson_win_rate(wins, losses, ties) -> tuple[float, float, float]:
     """(rate with ties as halves, lower and upper end of Wilson's 95 % interval) over independent pairs.
 
     The variance of a verdict in 0, 1/2, 1 with mean p is at most p (1 - p), that of a coin. So with ties the
@@ -500,7 +501,7 @@ def figure_line(name, value, meaning) -> str:
 def verdict_line(name, verdicts) -> str:
     """A line of the table: a win rate, its interval and the counts."""
     wins, losses, ties, none = (verdicts.count(verdict) for verdict in (1.0, 0.0, 0.5, None))
-    rate, low, high = win_rate(wins, losses, ties)
+    rate, low, high = wilson_win_rate(wins, losses, ties)
     counts = f"{wins} won, {losses} lost, {ties} ties, {none} without a verdict"
     return figure_line(name, rate, f"95 % interval {low:.3f} to {high:.3f}; {counts}")
 

@@ -218,7 +218,7 @@ def answer_prompts(args) -> list[tuple]:
 # ---- Tasks for Label Studio ----
 # Text and List show their values as text: markup in an answer is not run. pre-wrap keeps blanks and line breaks.
 HEAD = """<View>
-  <Style>.htx-ranker-item p { white-space: pre-wrap; overflow-wrap: anywhere; }</Style>
+  <Style>.htx-richtext, .htx-ranker-item p { white-space: pre-wrap; overflow-wrap: anywhere; }</Style>
   <Header value="Prompt"/>
   <Text name="prompt" value="$text" valueType="text"/>
 """
@@ -240,7 +240,7 @@ LABELS = {"ranking": HEAD + RANKING, "pairwise": HEAD + PAIRWISE}
 def make_tasks(answered, kind: str, seed: int) -> list[dict]:
     """A task for each prompt, or for each two answers to it. Empty answers and copies are left out.
 
-    Answers are shown in a random order: people prefer what they see first.
+    Answers are shown in a random order: a ranking that is submitted untouched is that order.
     """
     order = random.Random(seed)
     tasks = []
@@ -428,7 +428,7 @@ def pairs_of_task(judged: Judged, min_agreement: float) -> tuple[list[dict], Cou
     ratings = []
     for i in range(n):
         ranks = [n - ranking.index(i) for ranking in judged.rankings.values()]
-        ratings.append(sum(ranks) / max(1, len(ranks)))
+        ratings.append(sum(ranks) / len(ranks))
     rows = []
     left_out = Counter()
     for (i, j), votes in votes_of(judged).items():
@@ -436,7 +436,7 @@ def pairs_of_task(judged: Judged, min_agreement: float) -> tuple[list[dict], Cou
         for_j = len(votes) - for_i
         chosen, rejected = (i, j) if for_i > for_j else (j, i)
         if for_i == for_j:
-            left_out["ties"] += len(votes) > 0
+            left_out["ties"] += 1
         elif max(for_i, for_j) / len(votes) < min_agreement:
             left_out["disputed"] += 1
         else:
@@ -453,7 +453,7 @@ def read(args) -> None:
     votes = []
     rows = []
     left_out = Counter()
-    for judged in tasks:
+    for judged in [item for item in tasks if item.rankings]:
         votes += votes_of(judged).values()
         task_rows, task_left_out = pairs_of_task(judged, args.min_agreement)
         rows += task_rows

@@ -28,6 +28,7 @@ import baselines  # noqa: E402
 import compare  # noqa: E402
 import data  # noqa: E402
 import frontier  # noqa: E402
+import iterated  # noqa: E402
 import pipeline  # noqa: E402
 import seeds  # noqa: E402
 import speed  # noqa: E402
@@ -204,6 +205,8 @@ def test_pipeline_prints_both_kinds_and_draws_them(runs, monkeypatch, capsys, tm
         (compare, "word_count"),
         (frontier, "score_over_kl"),
         (frontier, "score_over_kl_learning_rates"),
+        (frontier, "score_over_kl_variants"),
+        (iterated, "iterated"),
         (pipeline, "learned_reward"),
     ],
 )
@@ -213,6 +216,49 @@ def test_the_published_pictures_can_be_drawn_from_their_csv_files(module, name, 
         shutil.copy(path, tmp_path)
     module.draw(tmp_path / name)
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and (results / f"{name}.png").exists()
+
+
+def test_iterated_trains_each_reward_model_on_the_pairs_of_its_variant(monkeypatch, tmp_path):
+    """The scripts are stood in for; what they are given is looked at."""
+    trained_on, answered_by, judged = {}, {}, []
+
+    def launch(script, *flags):
+        options = {str(name): str(value) for name, value in zip(flags, flags[1:])}
+        if script == "data/make_pairs.py":
+            name = Path(options["--out"]).name.removeprefix("new_")
+            answered_by[name] = Path(options["--model"]).parent.name
+            with gzip.open(options["--out"], "wt") as file:
+                file.write(name + "\n")
+            return ""
+        if "--eval-only" in flags:
+            judged.append((Path(options["--model"]).parent.name, Path(options["--dataset"]).name))
+            return "before  loss 0.700  accuracies 0.625  margins 0.1"
+        folder = Path(options["--output-dir"])
+        (folder / "final").mkdir(parents=True)
+        if script == "reward_model.py":
+            trained_on[folder.name] = gzip.open(options["--dataset"], "rt").read().split()
+        return ""
+
+    points = [(0, 0.0), (40, 1.0)]
+    curves = {tag: points for tag in ("eval/accuracies", "eval/score", "eval/gold", "eval/kl")}
+    monkeypatch.setattr(iterated, "launch", launch)
+    monkeypatch.setattr(iterated, "read_events", lambda folder: (None, curves))
+    args = argparse.Namespace(out=tmp_path, rounds=3, k=4, seed=1)
+    rows = {variant: iterated.run_variant(args, variant, []) for variant in iterated.VARIANTS}
+
+    first, second, third = "first1_pairs.jsonl.gz", "all2_pairs.jsonl.gz", "all3_pairs.jsonl.gz"
+    assert trained_on["first1_reward_model"] == [first]
+    assert trained_on["all3_reward_model"] == [first, second, third]
+    assert trained_on["newest3_reward_model"] == ["newest3_pairs.jsonl.gz"]
+    assert trained_on["once1_reward_model"] == [f"once1_pairs{n}.jsonl.gz" for n in ("", 2, 3)]
+    assert answered_by[first] == answered_by["once1_pairs3.jsonl.gz"] == ""  # smollm2
+    assert answered_by[third] == answered_by["all3_test.jsonl.gz"] == "all2_policy"
+    assert ("all2_reward_model", "all3_test.jsonl.gz") in judged  # before round 3
+    assert ("all3_reward_model", "all_last_test.jsonl.gz") in judged
+    assert [row["pairs"] for row in rows["all"][:3]] == [1, 2, 3]
+    assert [row["pairs"] for row in rows["newest"][:3]] == [1, 1, 1]
+    assert [row["pairs"] for row in rows["once"][:1]] == [3]
+    assert "accuracy_before" not in rows["all"][0] and rows["all"][1]["accuracy_before"] == 0.625
 
 
 def test_variances_and_advantages_of_the_baselines(tiny_flags, monkeypatch, capsys, tmp_path):

@@ -97,12 +97,16 @@ def test_grades_golden():
 
 def test_win_rate_golden():
     """Wilson's interval of 50 of 100 and of 10 of 10 are in many books. Ties are halves."""
-    assert judge.win_rate(50, 50, 0) == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
-    assert judge.win_rate(10, 0, 0) == pytest.approx((1, 0.7225, 1), abs=1e-4)
-    assert judge.win_rate(6, 2, 2) == judge.win_rate(7, 3, 0) == pytest.approx((0.7, 0.3968, 0.8922), abs=1e-4)
-    rate, low, high = judge.win_rate(3, 5, 1)
-    assert judge.win_rate(5, 3, 1) == pytest.approx((1 - rate, 1 - high, 1 - low))
-    assert all(map(math.isnan, judge.win_rate(0, 0, 0)))
+    assert judge.wilson_win_rate(50, 50, 0) == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
+    assert judge.wilson_win_rate(10, 0, 0) == pytest.approx((1, 0.7225, 1), abs=1e-4)
+    assert (
+        judge.wilson_win_rate(6, 2, 2)
+        == judge.wilson_win_rate(7, 3, 0)
+        == pytest.approx((0.7, 0.3968, 0.8922), abs=1e-4)
+    )
+    rate, low, high = judge.wilson_win_rate(3, 5, 1)
+    assert judge.wilson_win_rate(5, 3, 1) == pytest.approx((1 - rate, 1 - high, 1 - low))
+    assert all(map(math.isnan, judge.wilson_win_rate(0, 0, 0)))
 
 
 @pytest.mark.parametrize("probabilities", [(0.3, 0.3, 0.4), (0.6, 0.3, 0.1), (0.1, 0.1, 0.8)])
@@ -113,7 +117,7 @@ def test_the_interval_holds_the_rate_in_95_of_100_samples(probabilities):
     covered = 0
     for wins in range(n + 1):
         for losses in range(n + 1 - wins):
-            _, low, high = judge.win_rate(wins, losses, n - wins - losses)
+            _, low, high = judge.wilson_win_rate(wins, losses, n - wins - losses)
             if low <= p_win + p_tie / 2 <= high:
                 ways = math.comb(n, wins) * math.comb(n - wins, losses)
                 covered += ways * p_win**wins * p_loss**losses * p_tie ** (n - wins - losses)
@@ -124,6 +128,8 @@ def test_order_bias_golden():
     """Two agree, two prefer the first, one the second, one has p = 1/2: 2/6, 2/4, and of 12 verdicts 6 are the first."""
     orders = [(0.9, 0.2), (0.1, 0.8), (0.9, 0.6), (0.7, 0.7), (0.2, 0.3), (0.5, 0.1)]
     assert judge.order_bias(orders) == pytest.approx((2 / 6, 2 / 4, 6 / 12))
+    assert judge.order_bias([(0.9, 0.2), (0.9, 0.7), (0.3, 0.6), (0.2, 0.3)]) == (2 / 4, 1 / 2, 4 / 8)  # docs/judge.md
+    assert judge.wilson_win_rate(1, 1, 2) == pytest.approx((0.5, 0.15, 0.85), abs=1e-3)
     assert all(map(math.isnan, judge.order_bias([])))
 
 
@@ -187,9 +193,11 @@ def test_a_scripted_judge_of_pairs(scripted, write_jsonl, tmp_path, capsys):
     flags = ["--dataset", path, "--out", tmp_path / "out.jsonl", "--pairs-out", tmp_path / "pairs.jsonl"]
     run_judge(*flags)
     figures = table(capsys.readouterr().out)
-    assert figures["a over b"] == pytest.approx((0.5, *judge.win_rate(1, 1, 1)[1:], 1, 1, 1, 1), abs=1e-3)
+    assert figures["a over b"] == pytest.approx((0.5, *judge.wilson_win_rate(1, 1, 1)[1:], 1, 1, 1, 1), abs=1e-3)
     # p1 0.8 > 0.1, p2 0.9 > 0.7, p3 0.3 < 0.6: places play no part
-    assert figures["orders averaged"] == pytest.approx((2 / 3, *judge.win_rate(2, 1, 0)[1:], 2, 1, 0, 1), abs=1e-3)
+    assert figures["orders averaged"] == pytest.approx(
+        (2 / 3, *judge.wilson_win_rate(2, 1, 0)[1:], 2, 1, 0, 1), abs=1e-3
+    )
     assert figures["agreement"] == 0.5
     assert figures["consistency"] == pytest.approx(2 / 3, abs=1e-3)
     assert figures["always the first"] == 1
@@ -227,7 +235,9 @@ def test_a_scripted_judge_of_single_answers(mode, scripted, write_jsonl, tmp_pat
     assert figures["a over b"][3:] == (1, 1, 1, 1)
     assert figures["mean grade of a"] == (5 + 3 + 1 + 5) / 4
     assert figures["mean grade of b"] == (2 + 3 + 4) / 3
-    assert figures["repeated over a"] == pytest.approx((0.75, *judge.win_rate(2, 0, 2)[1:], 2, 0, 2, 0), abs=1e-3)
+    assert figures["repeated over a"] == pytest.approx(
+        (0.75, *judge.wilson_win_rate(2, 0, 2)[1:], 2, 0, 2, 0), abs=1e-3
+    )
     assert figures["verdict mass"] == pytest.approx(0.4)
     assert len(asked) == 12
 
@@ -445,7 +455,7 @@ def test_a_server_that_goes_on_failing_costs_nothing_that_was_answered(
         run_judge(*flags)
     assert "--base-url" in str(stopped.value) and "the same command goes on" in str(stopped.value)
     assert "\n" not in str(stopped.value) and stopped.value.code != 0
-    assert sorted(len(row["masses"]) for row in rows_of(tmp_path / "out.jsonl") if row["masses"]) == [1, 2]
+    assert sorted(len(row["masses"]) for row in rows_of(tmp_path / "out.jsonl")) == [1, 2]
     time.sleep(1.2 * (fails is slow))  # its late answers
 
     broken.clear()

@@ -146,7 +146,7 @@ class Turn(NamedTuple):
 
 
 def read_turns(args, accelerator, name: str | None, split: str) -> list[list[Turn]]:
-    """Of each row of the dataset, the turns that have a prompt and an answer; rows without are left out."""
+    """Of each row of the dataset, the turns that have a prompt; rows without an answer are left out."""
     built_in = name is None
     if built_in:
         home = Path(__file__).resolve().parent
@@ -164,17 +164,19 @@ def read_turns(args, accelerator, name: str | None, split: str) -> list[list[Tur
     if column not in columns:
         sys.exit(f"--completion-column: {name} has no {column}, it has {columns}")
     conversations = []
+    n_answers = 0
     for record in records:
         turns = []
         for prompt, answer in answers_of(args, record, column):
-            if prompt and answer.strip():
+            if prompt:
                 messages = as_messages(prompt, args.chat or built_in or isinstance(record[column], list))
                 turns.append(Turn(prompt, messages, answer, {**record, "prompts": prompt}))
-        if turns:
+        own_answers = sum(turn.answer.strip() != "" for turn in turns)
+        if own_answers > 0:
             conversations.append(turns)
+            n_answers += own_answers
     if len(conversations) == 0:
         sys.exit(f"--prompt-column {args.prompt_column}: no row has a prompt and an answer; columns: {columns}")
-    n_answers = sum(map(len, conversations))
     accelerator.print(f"{name}: {len(records)} rows, {len(conversations)} with a prompt and {n_answers} answers")
     return conversations
 
@@ -182,11 +184,11 @@ def read_turns(args, accelerator, name: str | None, split: str) -> list[list[Tur
 def answers_of(args, record, column) -> list[tuple]:
     """(prompt, answer) of each answer in a row. A prompt is a string or messages, an answer a string."""
     if column == "messages":
-        messages = record["messages"] or []
+        messages = [{**message, "content": message["content"] or ""} for message in record["messages"] or []]
         answers = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                answers.append((messages[:i], message["content"] or ""))
+                answers.append((messages[:i], message["content"]))
         return answers
     if column == "chosen" and "rejected" in record:
         prompt, chosen, _ = split_record(record, args.prompt_column)
@@ -293,7 +295,7 @@ class Answer(NamedTuple):
 def encode_turns(args, tokenizer, eos_ids, conversations) -> dict[str, list[Answer]]:
     """The answers by the first prompt of their conversation, without copies and those over --max-length tokens."""
     by_prompt = {}
-    known = {}  # the texts of each prompt
+    known = set()
     for turns in conversations:
         first_prompt = prompt_text(tokenizer, turns[0].prompt, turns[0].messages)
         for turn in turns:
@@ -304,10 +306,9 @@ def encode_turns(args, tokenizer, eos_ids, conversations) -> dict[str, list[Answ
             whole = encode_answers(tokenizer, eos_ids, turn, [turn.answer])[0]
             # The end of the prompt and the beginning of an answer may be one token of the whole text.
             n_shared = shared_length(prompt_ids, whole)
-            texts = known.setdefault(text, [])
-            is_new = whole not in texts and len(texts) < args.answers_per_prompt
-            if is_new and n_shared > 0 and len(whole) <= args.max_length:
-                texts.append(whole)
+            is_new = tuple(whole) not in known
+            if turn.answer.strip() and is_new and n_shared > 0 and len(whole) <= args.max_length:
+                known.add(tuple(whole))
                 prompt = Prompt(prompt_ids, turn.messages, turn.columns)
                 answer = Answer(prompt, prompt_ids[:n_shared], whole[n_shared:])
                 by_prompt.setdefault(first_prompt, []).append(answer)
@@ -331,8 +332,13 @@ def load_answers(args, accelerator, tokenizer, eos_ids) -> tuple[list[Answer], l
     if len(train) == 0 and not args.eval_only:
         sys.exit("--dataset: no answers left to train on; see --max-length, --eval-dataset")
     train_answers = []
+    taken = {}  # how many answers of each prompt
     for answers in train:
-        train_answers += answers
+        for answer in answers:
+            prompt = tuple(answer.prompt.ids)
+            taken[prompt] = taken.get(prompt, 0) + 1
+            if taken[prompt] <= args.answers_per_prompt:
+                train_answers.append(answer)
     return train_answers, held_out
 
 
