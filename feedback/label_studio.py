@@ -218,7 +218,7 @@ def answer_prompts(args) -> list[tuple]:
 # ---- Tasks for Label Studio ----
 # Text and List show their values as text: markup in an answer is not run. pre-wrap keeps blanks and line breaks.
 HEAD = """<View>
-  <Style>.htx-richtext, .htx-ranker-item p { white-space: pre-wrap; overflow-wrap: anywhere; }</Style>
+  <Style>.lsf-richtext__container, .htx-ranker-item p { white-space: pre-wrap; overflow-wrap: anywhere; }</Style>
   <Header value="Prompt"/>
   <Text name="prompt" value="$text" valueType="text"/>
 """

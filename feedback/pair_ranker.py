@@ -64,7 +64,7 @@ class Args:
     pairs_per_prompt: int = 4  # of a prompt with more pairs, the first ones are trained on
     max_length: int = 512  # pairs with a longer text, prompt and both answers, in tokens, are dropped
     prompts_per_step: int = 4  # prompts, with all their pairs, in an optimizer step, over all processes
-    micro_batch_size: int = 4  # prompts in a forward and backward pass, over all processes: bounds its memory
+    micro_batch_size: int = 2  # prompts in a forward and backward pass, over all processes: bounds its memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     learning_rate: float = 1e-4  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up

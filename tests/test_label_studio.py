@@ -365,7 +365,7 @@ def server(tmp_path):
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([SERVER, "start", *flags.split()], stdout=log, stderr=log, env=env, cwd=tmp_path)
     try:
-        for _ in range(600):
+        for _ in range(1800):  # a new database takes a minute, on a busy machine many
             try:
                 if requests.get(address + "/health", timeout=30).ok:
                     break
@@ -435,7 +435,10 @@ def test_round_trip_with_a_real_server(server, write_jsonl, tmp_path, capsys):
     # 16 tasks with 3 pairs by both, of which 4 + 2 * 3 differ; 3 tasks by Anna alone; nobody did the last one.
     assert len(export) == 19
     assert "19 tasks; annotations: 35 finished, 1 skipped, 2 unfinished" in out
+    # Each finds the first one better in 24 of 48: by chance 1/2 would be equal, and kappa is (38/48 - 1/2) / (1/2).
+    assert sum(labels[anna]) == sum(labels[ben]) == 24
     kappa = cohen_kappa_score(labels[anna], labels[ben])
+    assert kappa == pytest.approx(7 / 12)
     assert f"2 annotators, 48 pairs judged by several: {38 / 48:.1%} equal, Cohen's kappa {kappa:.3f}" in out
     assert f"{38 + 9} pairs; 10 ties" in out
     assert len(pairs) == 47
