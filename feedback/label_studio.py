@@ -322,7 +322,7 @@ def ranking_of(path: str, results: list[dict], names: list[str]) -> list[int]:
     for result in results:
         ranked = []
         if result["from_name"] == "ranking":
-            ranked = result["value"]["ranker"]["ranking"]
+            ranked = result["value"]["ranker"].get("ranking", [])
         if result["from_name"] == "preference":
             selected = result["value"]["selected"]
             ranked = [selected] + [name for name in names if name != selected]

@@ -289,6 +289,7 @@ def test_dpo_reads_the_pairs(tmp_path):
 
 
 OTHER = [{"from_name": "sentiment", "to_name": "text", "type": "choices", "value": {"choices": ["good"]}}]
+BUCKETS = [{"from_name": "ranking", "type": "ranker", "value": {"ranker": {"good": ["answer 1"], "bad": []}}}]
 PLAIN = {"prompt": "p", "answers": ["A", "B"], "ranking": [0, 1]}
 
 
@@ -304,6 +305,7 @@ PLAIN = {"prompt": "p", "answers": ["A", "B"], "ranking": [0, 1]}
         ([pairwise_task("p", "L", "R", [annotation(1, OTHER)])], r"labels of another project \(sentiment\)"),
         ([ranking_task("p", "AB", [annotation(1, ranked("answer 1"))])], r"labels of another project \(ranking\)"),
         ([pairwise_task("p", "L", "R", [annotation(1, preferred("up"))])], "labels of another project"),
+        ([ranking_task("p", "AB", [annotation(1, BUCKETS)])], r"labels of another project \(ranking\)"),
         ([pairwise_task("p", "L", "R", [annotation(1, [])])], "no pair is left; label more tasks"),
     ],
 )

@@ -352,3 +352,9 @@ def test_a_scorer_that_fails_stops_the_run_and_keeps_the_weights(tiny_flags, tmp
 def test_bad_input(flags, said, tiny_flags):
     with pytest.raises(SystemExit, match=said):
         run_script(raft, *tiny_flags, *flags)
+
+
+def test_a_score_exactly_at_its_quantile_is_kept():
+    """In fp32 the quantile of 26 scores at 0.6, the sixteenth, is rounded past it."""
+    scores = torch.arange(26.0)
+    assert raft.select_above(scores, 26, 0.6).tolist() == [False] * 15 + [True] * 11

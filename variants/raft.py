@@ -560,7 +560,7 @@ def select_best(scores, k) -> torch.Tensor:
 def select_above(scores, k, quantile) -> torch.Tensor:
     """(N,) -> (N,) bool: those of each prompt's k at or above their quantile. ReST, arXiv 2308.08998, section 3."""
     groups = scores.view(-1, k)
-    threshold = groups.quantile(quantile, dim=1, keepdim=True)
+    threshold = groups.double().quantile(quantile, dim=1, keepdim=True)  # fp32 may round past a score
     return (groups >= threshold).view(-1)
 
 
