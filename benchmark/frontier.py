@@ -77,10 +77,11 @@ def draw(save):
     figure, axis = plt.subplots(figsize=(9, 5.5))
     for number, (name, settings) in enumerate(lines.items()):
         color = f"C{number}"
+        marker = "o" if number < 7 else "s"  # colours come again after seven
         means = sorted((*mean_point(runs), setting) for setting, runs in settings.items())
         for runs in settings.values():
             axis.plot(*zip(*[mean_point([run]) for run in runs]), ".", color=color, alpha=0.4)
-        axis.plot(*zip(*[point[:2] for point in means]), "o-", color=color, label=name)
+        axis.plot(*zip(*[point[:2] for point in means]), f"{marker}-", color=color, label=name)
         for kl, score, setting in means:
             number_of_setting = re.search(NUMBER, setting)
             if number_of_setting:

@@ -232,7 +232,7 @@ def encode(tokenizer, text, is_chat) -> list[int]:
     return ids
 
 
-class Group(NamedTuple):
+class AnswerGroup(NamedTuple):
     """All answers to a prompt, and its pairs."""
 
     prompt: str | list  # as in the dataset: a string or messages
@@ -244,10 +244,10 @@ class Group(NamedTuple):
     pairs: list[tuple[int, int]]  # (index of the chosen answer, index of the rejected one)
 
 
-def new_group(tokenizer, prompt, messages) -> Group:
+def new_group(tokenizer, prompt, messages) -> AnswerGroup:
     """A prompt without answers."""
     ids = encode(tokenizer, prompt_text(tokenizer, prompt, messages), is_chat=messages is not None)
-    return Group(prompt, ids, [], [], [], [], [])
+    return AnswerGroup(prompt, ids, [], [], [], [], [])
 
 
 def add_answer(tokenizer, group, answer, rating=None) -> int:
@@ -261,7 +261,7 @@ def add_answer(tokenizer, group, answer, rating=None) -> int:
     return group.answers.index(answer)
 
 
-def rank_pairs(args, tokenizer, pairs) -> dict[str, Group]:
+def rank_pairs(args, tokenizer, pairs) -> dict[str, AnswerGroup]:
     """The group of each prompt, without pairs of more than --max-length tokens."""
     groups = {}
     for pair in pairs:
@@ -285,7 +285,7 @@ def read_rating(value) -> float | None:
     return float(value)
 
 
-def load_rankings(args, accelerator, tokenizer) -> tuple[list[Group], list[Group]]:
+def load_rankings(args, accelerator, tokenizer) -> tuple[list[AnswerGroup], list[AnswerGroup]]:
     """(prompts to train on, prompts held out), with their answers and pairs."""
     pairs = read_pairs(args, accelerator, args.dataset, args.dataset_split)
     groups = rank_pairs(args, tokenizer, pairs)

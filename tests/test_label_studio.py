@@ -430,7 +430,7 @@ def test_round_trip_with_a_real_server(server, write_jsonl, tmp_path, capsys):
             annotate(ben, task, order)
     annotate(ben, tasks[16], words, was_cancelled=True)
     annotate(ben, tasks[17], ())
-    ben.call("POST", f"/api/tasks/{tasks[18]['id']}/drafts/", json={"result": ranked("answer 1")})
+    ben.call("POST", f"/api/tasks/{tasks[18]['id']}/drafts", json={"result": ranked("answer 1")})
     pairs, export = export_and_read(anna, number, tmp_path)
     out = capsys.readouterr().out
 

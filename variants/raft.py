@@ -55,6 +55,9 @@ from transformers import GenerationConfig, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
 
+QUANTILES = [0.7, 0.8, 0.9, 0.95]  # of --keep quantile: it rises over the steps
+
+
 @dataclasses.dataclass
 class Args:
     model: str = "smollm2"  # policy and reference: hub id, directory, or smollm2 (built in, 135M parameters)
@@ -65,9 +68,8 @@ class Args:
     reward: str = "vader"  # vader, a sequence classifier (hub id or directory), or path/file.py:function
     eval_reward: str | None = None  # second scorer, for evaluation only: the gold that a learned one imitates
     k: int = 4  # responses per prompt
-    keep: Literal["best", "quantile"] = "best"  # each prompt's best (RAFT), or see --quantiles
-    # rewards at or above this quantile of a prompt's k are kept; each for its share of the steps
-    quantiles: list[float] = dataclasses.field(default_factory=lambda: [0.7, 0.8, 0.9, 0.95])
+    keep: Literal["best", "quantile"] = "best"  # a prompt's best (RAFT), or all from a quantile of its k on (ReST)
+    quantiles: list[float] = dataclasses.field(default_factory=QUANTILES.copy)  # each for its share of the steps
     improve_steps: int = 1  # optimizer steps on what was kept, each over all of it
     kl_coef: float = 0.05  # weight of the KL from the reference in the reward
     temperature: float = 1.0  # of sampling, and so of the log-probabilities that are trained
