@@ -68,7 +68,7 @@ class Args:
     reward: str = "vader"  # vader, a sequence classifier (hub id or directory), or path/file.py:function
     eval_reward: str | None = None  # second scorer, for evaluation only: the gold that a learned one imitates
     k: int = 4  # responses per prompt
-    keep: Literal["best", "quantile"] = "best"  # a prompt's best (RAFT), or all from a quantile of its k on (ReST)
+    keep: Literal["best", "quantile"] = "best"  # a prompt's best (RAFT), or those at --quantiles
     quantiles: list[float] = dataclasses.field(default_factory=QUANTILES.copy)  # each for its share of the steps
     improve_steps: int = 1  # optimizer steps on what was kept, each over all of it
     kl_coef: float = 0.05  # weight of the KL from the reference in the reward
