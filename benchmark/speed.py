@@ -11,9 +11,11 @@
     uv run benchmark/speed.py reward_model --dataset hh_helpful_train.jsonl.gz --steps 6 --rounds 2
     uv run benchmark/speed.py dpo --dataset hh_helpful_train.jsonl.gz --steps 6 --rounds 2
     uv run benchmark/speed.py ppo --steps 6 --rounds 2          # against rloo.py: TRL has no PPO any more
+    uv run --with peft benchmark/speed.py rloo_lora --steps 6 --rounds 2          # grpo: likewise
 
 SmolLM2-135M with fp32 weights, bf16 autocast (fp32 on a CPU without AVX512-BF16), no gradient checkpointing. rloo: the built-in prompts, 8 prompts x k 4,
-24 new tokens, KL in the reward, vader; ppo: the same, one epoch, two minibatches. reward_model, dpo: the first pairs of the dataset of at
+24 new tokens, KL in the reward, vader; ppo: the same, one epoch, two minibatches; grpo: one update a batch, KL in the loss;
+rloo_lora: adapters of rank 16 on all linear layers. reward_model, dpo: the first pairs of the dataset of at
 most 256 tokens, as raw text, 8 a step. All take a step (ppo: a minibatch) in one pass, as TRL does by default; ours by default take 4
 prompts a pass (--micro 4), which needs less memory. Each turn is a process of its own; the first two steps of each are
 warm-up. Peak memory is the process's largest resident set, on a GPU what PyTorch has allocated there, model loading included. TRL is a
@@ -46,7 +48,8 @@ def gpu_name():
 
 def ours(script, flags, out):
     """A script by its command line; its own curve has the samples a second of each step."""
-    command = [sys.executable, *(["-c", ON_GPU] if flags.gpu else []), str(ROOT / f"{script}.py"), "--total-steps", str(flags.steps), "--eval-prompts", "0",
+    path = next(ROOT.glob(f"**/{script}.py"))
+    command = [sys.executable, *(["-c", ON_GPU] if flags.gpu else []), str(path), "--total-steps", str(flags.steps), "--eval-prompts", "0",
                "--pairs-per-step" if script == "dpo" else "--prompts-per-step", str(flags.prompts), "--micro-batch-size", str(flags.micro or flags.prompts // (1 + (script == "ppo"))),
                "--model", flags.model, "--output-dir", out]
     if script in PAIRS:
@@ -78,7 +81,7 @@ def trl_worker(flags):
     import torch
     from datasets import Dataset, load_dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+    from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     import rloo
@@ -99,15 +102,20 @@ def trl_worker(flags):
     bf16 = bool(gpu) or torch.cpu.get_capabilities().get("avx512_bf16", False)  # as our scripts have it
     common = dict(output_dir=flags.trl_worker, max_steps=flags.steps, bf16=bf16, use_cpu=not gpu,
                   gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True)
-    if flags.task == "rloo":
+    if flags.task in ("rloo", "grpo", "rloo_lora"):
         model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=torch.float32)
         vader = SentimentIntensityAnalyzer()
         prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in rloo.BUILT_IN])
-        config = RLOOConfig(per_device_train_batch_size=flags.prompts * flags.k, num_generations=flags.k, beta=0.05,
+        Config, Trainer = (GRPOConfig, GRPOTrainer) if flags.task == "grpo" else (RLOOConfig, RLOOTrainer)
+        config = Config(per_device_train_batch_size=flags.prompts * flags.k, num_generations=flags.k, beta=0.05,
                             max_completion_length=flags.tokens, learning_rate=1e-4, temperature=1.0, **common)
         score = lambda completions, **_: [vader.polarity_scores(c[0]["content"])["compound"] for c in completions]
-        trainer = RLOOTrainer(model=model, reward_funcs=score, args=config, train_dataset=prompts, processing_class=tokenizer,
-                              callbacks=[Clock()])
+        adapters = None
+        if flags.task == "rloo_lora":
+            from peft import LoraConfig
+            adapters = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = Trainer(model=model, reward_funcs=score, args=config, train_dataset=prompts, processing_class=tokenizer,
+                          callbacks=[Clock()], peft_config=adapters)
     else:
         pairs = load_dataset("json", data_files=flags.dataset, split="train").select_columns(["prompt", "chosen", "rejected"])
         common.update(per_device_train_batch_size=flags.prompts, max_length=flags.length)
@@ -142,7 +150,7 @@ def write_pairs(flags, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["rloo", "ppo", *PAIRS])
+    parser.add_argument("task", choices=["rloo", "ppo", "grpo", "rloo_lora", *PAIRS])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dataset", default=None, help="reward_model, dpo: a file of pairs: prompt, chosen, rejected, all strings")
     parser.add_argument("--prompts", type=int, default=8)
