@@ -21,7 +21,7 @@ Jiang et al. 2023, LLM-Blender, arXiv 2306.02561, section 3 (there with an encod
     PAIR_RANKER=runs/ranker/final accelerate launch rloo.py --reward feedback/pair_ranker.py:win_rate
 
 The default run takes some minutes on two CPU cores.
-Left out on purpose: an encoder, a choice of the pairs that are compared (all k^2 are), LoRA.
+Left out on purpose: an encoder, a choice of the pairs that are compared (evaluation and reward take all), LoRA.
 Shapes: k answers to a prompt; M pairs; N texts, each of a prompt and two answers; B rows of at most T tokens.
 """
 
@@ -82,15 +82,8 @@ class Args:
 
 PATHS = ("model", "dataset", "eval_dataset")  # flags that may name a file or a folder
 LOWEST = {"pairs_per_prompt": 1, "max_length": 2, "prompts_per_step": 1, "micro_batch_size": 1}
-LOWEST |= {
-    "learning_rate": 0,
-    "warmup_steps": 0,
-    "total_steps": 0,
-    "max_grad_norm": 1e-6,
-    "eval_prompts": 0,
-    "eval_every": 1,
-}
-LOWEST |= {"save_every": 1}
+LOWEST |= {"learning_rate": 0, "warmup_steps": 0, "total_steps": 0, "max_grad_norm": 1e-6}
+LOWEST |= {"eval_prompts": 0, "eval_every": 1, "save_every": 1}
 
 
 def parse_args() -> Args:
@@ -261,21 +254,22 @@ def add_answer(tokenizer, group, answer, rating=None) -> int:
     return group.answers.index(answer)
 
 
-def rank_pairs(args, tokenizer, pairs) -> dict[str, AnswerGroup]:
+def answer_groups(args, tokenizer, pairs) -> dict[str, AnswerGroup]:
     """The group of each prompt, without pairs of more than --max-length tokens."""
     groups = {}
     for pair in pairs:
         text = prompt_text(tokenizer, pair.prompt, pair.messages)
-        group = groups.get(text, new_group(tokenizer, pair.prompt, pair.messages))
+        if text not in groups:
+            groups[text] = new_group(tokenizer, pair.prompt, pair.messages)
+        group = groups[text]
         both = tokenizer([pair.chosen, pair.rejected], add_special_tokens=False)["input_ids"]
-        if len(group.ids) + sum(map(len, both)) + 16 > args.max_length:  # 16: what stands around the answers
+        if len(group.ids) + sum(map(len, both)) + 16 > args.max_length:  # 16: "Answer A: " and the like
             continue
-        groups[text] = group
         ratings = [read_rating(pair.columns.get(name)) for name in ("chosen_rating", "rejected_rating")]
         chosen = add_answer(tokenizer, group, pair.chosen, ratings[0])
         rejected = add_answer(tokenizer, group, pair.rejected, ratings[1])
         group.pairs.append((chosen, rejected))
-    return groups
+    return {text: group for text, group in groups.items() if group.pairs}
 
 
 def read_rating(value) -> float | None:
@@ -288,11 +282,11 @@ def read_rating(value) -> float | None:
 def load_rankings(args, accelerator, tokenizer) -> tuple[list[AnswerGroup], list[AnswerGroup]]:
     """(prompts to train on, prompts held out), with their answers and pairs."""
     pairs = read_pairs(args, accelerator, args.dataset, args.dataset_split)
-    groups = rank_pairs(args, tokenizer, pairs)
+    groups = answer_groups(args, tokenizer, pairs)
     if args.eval_dataset is None:
         return hold_out(args, list(groups.values()))
     pairs = read_pairs(args, accelerator, args.eval_dataset, args.eval_split)
-    held_out = rank_pairs(args, tokenizer, pairs)
+    held_out = answer_groups(args, tokenizer, pairs)
     train = [group for text, group in groups.items() if text not in held_out]
     if len(train) == 0 and not args.eval_only:
         sys.exit("--dataset: no pairs left to train on; see --max-length, --eval-dataset")
@@ -539,7 +533,7 @@ def order_logits(network, group, device) -> torch.Tensor:
 
 
 def evaluate_ranker(accelerator, network, groups) -> Ranking:
-    """All answers of each group against each other, by every process."""
+    """All answers of each group against each other. Every process does all of it."""
     pairs = []
     rates = []
     correlations = []
@@ -592,37 +586,43 @@ def report_ranking(evaluations: dict[str, Ranking], groups) -> str:
 # ---- As a reward ----
 @functools.cache
 def load_ranker() -> tuple:
-    """(network, tokenizer, whether string prompts are a chat) of the folder that PAIR_RANKER names."""
+    """(network, tokenizer, whether string prompts are a chat, whether in bf16) of the folder PAIR_RANKER."""
     folder = os.environ.get("PAIR_RANKER", "")
-    if not Path(folder, "args.json").exists():
+    file = Path(folder, "args.json")
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    if "pairs_per_prompt" not in saved:  # a reward model's folder has no such flag
         sys.exit("PAIR_RANKER: set this environment variable to the final/ folder of a run of pair_ranker.py")
-    saved = json.loads(Path(folder, "args.json").read_text())
     model, tokenizer = load_model(folder, AutoModelForSequenceClassification, num_labels=1)
     if torch.cuda.is_available():
         model.cuda()
-    return AnswerLogits(model.eval()), tokenizer, saved["chat"] or saved["dataset"] is None
+    is_chat = saved["chat"] or saved["dataset"] is None
+    return AnswerLogits(model.eval()), tokenizer, is_chat, machine_settings("auto") == "bf16"
 
 
 def win_rate(prompts, completions, **columns) -> list[float]:
     """A reward for rloo.py: each completion's win rate among those to its prompt; 1/2 for a lone one."""
-    network, tokenizer, chat = load_ranker()
+    network, tokenizer, chat, bf16 = load_ranker()
     groups = {}
-    places = []  # of each completion: its prompt and its index in that prompt's group
-    for prompt, completion in zip(prompts, completions):
+    places = {}  # of each prompt's completions: their numbers in completions, and in the group, where copies are one
+    for number, (prompt, completion) in enumerate(zip(prompts, completions)):
         if isinstance(completion, list):
             completion = completion[0]["content"]
         key = repr(prompt)
         if key not in groups:
             groups[key] = new_group(tokenizer, prompt, as_messages(prompt, chat))
-        places.append((key, add_answer(tokenizer, groups[key], completion)))
-    rates = {}
-    bf16 = machine_settings("auto") == "bf16"
+            places[key] = []
+        places[key].append((number, add_answer(tokenizer, groups[key], completion)))
+
+    rewards = [0.0] * len(completions)
     device = network.model.device
     for key, group in groups.items():
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = order_logits(network, group, device)
-        rates[key] = win_rates(win_probabilities(logits)).tolist()
-    return [rates[key][index] for key, index in places]
+        numbers, indices = map(list, zip(*places[key]))
+        probabilities = win_probabilities(logits)[indices][:, indices]  # copies: 1/2 against each other
+        for number, rate in zip(numbers, win_rates(probabilities).tolist()):
+            rewards[number] = rate
+    return rewards
 
 
 # ---- Machine and files ----

@@ -202,8 +202,17 @@ def test_win_rate_compares_the_completions_to_a_prompt(ranker, finished):
     rates = ranker.win_rate(prompts, completions, other=[0] * 4)
     first, second = (logits_alone(finished / "final", "Say 1", *pair) for pair in (("abc", "XYZ"), ("XYZ", "abc")))
     probability = (sigmoid(first) + 1 - sigmoid(second)) / 2
-    assert rates == pytest.approx([probability, 1 - probability, probability, 0.5], abs=0.02)  # bf16, where it is fast
+    with_copy = (probability + 0.5) / 2  # "abc" was given twice
+    assert rates == pytest.approx([with_copy, 1 - probability, with_copy, 0.5], abs=0.02)  # bf16, where it is fast
     assert probability > 0.6
+
+
+def test_a_copy_counts_as_often_as_it_was_given(ranker, finished):
+    """P(a over b) = p: of a, a, b, an a wins (1/2 + p) / 2, and b 1 - p. The mean is 1/2."""
+    a, _, b = rates = ranker.win_rate(["p"] * 3, ["abc", "abc", "12"])
+    p, _ = ranker.win_rate(["p"] * 2, ["abc", "12"])
+    assert p != 0.5 and math.isclose(a, (0.5 + p) / 2, abs_tol=1e-6) and math.isclose(b, 1 - p, abs_tol=1e-6)
+    assert math.isclose(sum(rates) / 3, 0.5, abs_tol=1e-6)
 
 
 def test_rloo_trains_on_it(ranker, tiny, tmp_path):
@@ -217,6 +226,14 @@ def test_rloo_trains_on_it(ranker, tiny, tmp_path):
 
 def test_without_a_ranker_it_says_what_to_set(monkeypatch):
     monkeypatch.delenv("PAIR_RANKER", raising=False)
+    pair_ranker.load_ranker.cache_clear()
+    with pytest.raises(SystemExit, match="PAIR_RANKER: set this"):
+        pair_ranker.win_rate(["p"], ["a"])
+
+
+def test_the_folder_of_a_reward_model_is_none(tmp_path, monkeypatch):
+    (tmp_path / "args.json").write_text(json.dumps({"chat": False, "dataset": None}))
+    monkeypatch.setenv("PAIR_RANKER", str(tmp_path))
     pair_ranker.load_ranker.cache_clear()
     with pytest.raises(SystemExit, match="PAIR_RANKER: set this"):
         pair_ranker.win_rate(["p"], ["a"])
