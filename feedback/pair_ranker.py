@@ -9,8 +9,9 @@
 # ///
 """Pair ranker (PairRM): a language model reads a prompt and two answers, and learns which one people prefer.
 
-The model reads a prompt, answer a and answer b, and gives one number z(a, b) at the end. For a chosen answer w and
-a rejected one l, both orders are trained:
+The model reads a prompt, answer a and answer b. Its last states at the end of a and at the end of b make one number,
+    z(a, b)     = u · h(end of a) + v · h(end of b)                    v starts as -u
+For a chosen answer w and a rejected one l, both orders are trained:
     loss        = mean over pairs of - (log sigmoid(z(w, l)) + log sigmoid(-z(l, w))) / 2
     P(a over b) = (sigmoid(z(a, b)) + 1 - sigmoid(z(b, a))) / 2        so P(a over b) + P(b over a) = 1
 The win rate of one of k answers is the mean of P over the k - 1 others: k answers are ranked by it.
@@ -360,6 +361,8 @@ def prepare_ranker(args, model, tokenizer) -> None:
             sys.exit(f"--eval-only: --model {args.model} is no ranker")
         std = model.score.in_features**-0.5
         torch.nn.init.normal_(model.score.weight, 0, std, random_stream("head", args.seed))
+        with torch.no_grad():
+            model.score.weight[1] = -model.score.weight[0]  # at first the difference of two scores
 
     # The output is read at the last token that is not padding: so padding must be a token of its own.
     if tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -432,34 +435,39 @@ def attention_mask(rows, config):
     return {"full_attention": mask, "sliding_attention": window_mask}
 
 
-class AnswerLogits(torch.nn.Module):
-    """What a sequence classifier says at the last token of every answer."""
+class PairLogits(torch.nn.Module):
+    """z(a, b): the first output of a sequence classifier at the end of answer a, plus the second at the end of b."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, rows: Rows) -> torch.Tensor:
-        """(N, K) in fp32."""
+    def forward(self, rows: Rows, b_lengths=1) -> torch.Tensor:
+        """(N,) in fp32. b_lengths: (N,), how many tokens after the end of answer a a text ends."""
         hidden = self.model.base_model(
             rows.ids,
             attention_mask=attention_mask(rows, self.model.config.get_text_config()),
             position_ids=rows.positions,
             use_cache=False,
         ).last_hidden_state
-        # An answer ends where the next token is of no answer, or where there is none.
+        # A text ends where the next token is of no text, or where there is none.
         next_is_response = torch.nn.functional.pad(rows.is_response[:, 1:], (0, 1))
-        last = hidden[rows.is_response & ~next_is_response].float()
-        with torch.autocast(last.device.type, enabled=False):  # scores in bf16 would have 8 bits
-            return self.model.score(last)
+        row, end = (rows.is_response & ~next_is_response).nonzero(as_tuple=True)
+        end_of_a = hidden[row, end - b_lengths].float()
+        end_of_b = hidden[row, end].float()
+        with torch.autocast(hidden.device.type, enabled=False):  # scores in bf16 would have 8 bits
+            return self.model.score(end_of_a)[:, 0] + self.model.score(end_of_b)[:, 1]
 
 
-def order_rows(groups, orders, device) -> Rows:
-    """A row for each prompt, with a text for each of its orders: (index of answer a, index of answer b)."""
+def order_rows(groups, orders, device) -> tuple[Rows, torch.Tensor]:
+    """What PairLogits takes. orders: for each group, the (index of answer a, index of answer b) of its texts."""
     texts = []
+    b_lengths = []
     for group, own_orders in zip(groups, orders):
         texts.append([group.as_a[i] + group.as_b[j] for i, j in own_orders])
-    return make_rows([group.ids for group in groups], texts, device)
+        b_lengths += [len(group.as_b[j]) for _, j in own_orders]
+    rows = make_rows([group.ids for group in groups], texts, device)
+    return rows, torch.tensor(b_lengths, device=device)
 
 
 @torch.no_grad()
@@ -526,7 +534,7 @@ def order_logits(network, group, device) -> torch.Tensor:
     logits = torch.zeros(k, k)
     orders = all_orders(k)
     if orders:
-        values = network(order_rows([group], [orders], device))[:, 0].float().cpu()
+        values = network(*order_rows([group], [orders], device)).cpu()
         for (i, j), value in zip(orders, values):
             logits[i, j] = value
     return logits
@@ -592,11 +600,11 @@ def load_ranker() -> tuple:
     saved = json.loads(file.read_text()) if file.exists() else {}
     if "pairs_per_prompt" not in saved:  # a reward model's folder has no such flag
         sys.exit("PAIR_RANKER: set this environment variable to the final/ folder of a run of pair_ranker.py")
-    model, tokenizer = load_model(folder, AutoModelForSequenceClassification, num_labels=1)
+    model, tokenizer = load_model(folder, AutoModelForSequenceClassification, num_labels=2)
     if torch.cuda.is_available():
         model.cuda()
     is_chat = saved["chat"] or saved["dataset"] is None
-    return AnswerLogits(model.eval()), tokenizer, is_chat, machine_settings("auto") == "bf16"
+    return PairLogits(model.eval()), tokenizer, is_chat, machine_settings("auto") == "bf16"
 
 
 def win_rate(prompts, completions, **columns) -> list[float]:
@@ -686,7 +694,7 @@ def main(args: Args) -> None:
         sys.exit("--micro-batch-size: must divide --prompts-per-step; the number of processes must divide it")
     if is_main and not args.eval_only:
         output_dir = claim_output_dir(args)
-    model, tokenizer = load_model(args.model, AutoModelForSequenceClassification, num_labels=1)
+    model, tokenizer = load_model(args.model, AutoModelForSequenceClassification, num_labels=2)
     prepare_ranker(args, model, tokenizer)
     train, held_out = load_rankings(args, accelerator, tokenizer)
     for name, groups in (("to train on", train), ("held out", held_out)):
@@ -700,14 +708,14 @@ def main(args: Args) -> None:
     longest = 0
     for group in train + held_out:
         longest = max(longest, len(group.ids) + max(map(len, group.as_a)) + max(map(len, group.as_b)))
-    check_model(args, AnswerLogits(model), longest, "--max-length")
+    check_model(args, PairLogits(model), longest, "--max-length")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    network, optimizer = accelerator.prepare(AnswerLogits(model), optimizer)
+    network, optimizer = accelerator.prepare(PairLogits(model), optimizer)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     first_step = 0
     if args.resume is not None:
-        saved, _ = load_model(args.resume, AutoModelForSequenceClassification, num_labels=1)
+        saved, _ = load_model(args.resume, AutoModelForSequenceClassification, num_labels=2)
         model.load_state_dict(saved.state_dict())
         state = torch.load(Path(args.resume, "trainer_state.pt"), map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
@@ -785,7 +793,7 @@ def main(args: Args) -> None:
                     chosen_first += [True] * len(own_pairs) + [False] * len(own_pairs)
                 chosen_first = torch.tensor(chosen_first, device=device)
                 with accelerator.accumulate(network):
-                    logits = network(order_rows(micro, orders, device))[:, 0]
+                    logits = network(*order_rows(micro, orders, device))
                     losses = pair_ranker_loss(logits[chosen_first], logits[~chosen_first])
                     # A mean over the step's pairs; accelerate takes it over micro-batches and processes.
                     weight = micro_batches * accelerator.num_processes / n_pairs

@@ -56,6 +56,12 @@ def test_win_rates_golden():
     assert pair_ranker.win_rates(torch.tensor([[0.5]])).tolist() == [0.5]  # a lone answer
 
 
+def test_a_new_head_starts_as_the_difference_of_two_scores(tiny):
+    model, tokenizer = pair_ranker.load_model(tiny, AutoModelForSequenceClassification, num_labels=2)
+    pair_ranker.prepare_ranker(pair_ranker.Args(), model, tokenizer)
+    assert torch.equal(model.score.weight[1], -model.score.weight[0]) and model.score.weight.abs().sum() > 0
+
+
 # ---- runs
 
 
@@ -111,9 +117,16 @@ def logits_alone(folder, prompt, a, b):
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = f"<s>user:{prompt}</s><s>assistant:Answer A: {a}\n\nAnswer B: {b}</s>"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0, 0].item()
+        return plain_logit(model, tokenizer, text).item()
+
+
+def plain_logit(model, tokenizer, text):
+    """The first output where answer a ends, and the second where the text does."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    before_b = len(tokenizer(text[: text.index("\n\nAnswer B")], add_special_tokens=False)["input_ids"])
+    outputs = model.score(model.base_model(torch.tensor([ids])).last_hidden_state[0])
+    return outputs[before_b - 1, 0] + outputs[-1, 1]
 
 
 def test_a_text_is_what_the_page_says_and_rows_give_its_logit(finished):
@@ -122,7 +135,7 @@ def test_a_text_is_what_the_page_says_and_rows_give_its_logit(finished):
     group = pair_ranker.new_group(tokenizer, "Say so", [{"role": "user", "content": "Say so"}])
     answers = ["abc", "XY", "a longer one, of several words"]
     assert [pair_ranker.add_answer(tokenizer, group, answer) for answer in [*answers, "abc"]] == [0, 1, 2, 0]
-    logits = pair_ranker.order_logits(pair_ranker.AnswerLogits(network), group, "cpu")
+    logits = pair_ranker.order_logits(pair_ranker.PairLogits(network), group, "cpu")
     for i, j in pair_ranker.all_orders(3):
         alone = logits_alone(finished / "final", "Say so", answers[i], answers[j])
         assert logits[i, j].item() == pytest.approx(alone, abs=1e-4)
@@ -143,7 +156,7 @@ def test_a_step_is_that_of_the_formula_in_both_orders(flags, pairs, tmp_path):
         tmp_path / "o",
     )
     model, tokenizer = pair_ranker.load_model(
-        str(tmp_path / "o/final"), AutoModelForSequenceClassification, num_labels=1
+        str(tmp_path / "o/final"), AutoModelForSequenceClassification, num_labels=2
     )
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     by_prompt = {}
@@ -158,8 +171,7 @@ def test_a_step_is_that_of_the_formula_in_both_orders(flags, pairs, tmp_path):
         for row in by_prompt[train[i]][:2]:
             for a, b, sign in ((row["chosen"], row["rejected"], 1), (row["rejected"], row["chosen"], -1)):
                 text = f"<s>user:{row['prompt']}</s><s>assistant:Answer A: {a}\n\nAnswer B: {b}</s>"
-                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-                z = model(torch.tensor([ids])).logits[0, 0]
+                z = plain_logit(model, tokenizer, text)
                 total = total - torch.nn.functional.logsigmoid(sign * z)
     (total / 16).backward()
     for moment, parameter in zip(moments(tmp_path / "o/final"), model.parameters()):
