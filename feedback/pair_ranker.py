@@ -9,7 +9,7 @@
 # ///
 """Pair ranker (PairRM): a language model reads a prompt and two answers, and learns which one people prefer.
 
-The model reads a prompt, answer a and answer b. Its last states at the end of a and at the end of b make one number,
+The model reads a prompt, answer a and answer b. Its states h at the ends of both answers make one number,
     z(a, b)     = u · h(end of a) + v · h(end of b)                    v starts as -u
 For a chosen answer w and a rejected one l, both orders are trained:
     loss        = mean over pairs of - (log sigmoid(z(w, l)) + log sigmoid(-z(l, w))) / 2
@@ -22,7 +22,7 @@ Jiang et al. 2023, LLM-Blender, arXiv 2306.02561, section 3 (there with an encod
     PAIR_RANKER=runs/ranker/final accelerate launch rloo.py --reward feedback/pair_ranker.py:win_rate
 
 The default run takes some minutes on two CPU cores.
-Left out on purpose: an encoder, a choice of the pairs that are compared (evaluation and reward take all), LoRA.
+Left out on purpose: an encoder, a choice of the pairs that the reward compares (it takes all), LoRA.
 Shapes: k answers to a prompt; M pairs; N texts, each of a prompt and two answers; B rows of at most T tokens.
 """
 
@@ -30,6 +30,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -234,24 +235,22 @@ class AnswerGroup(NamedTuple):
     answers: list[str]  # each once
     as_a: list[list[int]]  # token ids of each answer where it stands first
     as_b: list[list[int]]  # where it stands second, with an EOS
-    ratings: list[float | None]  # of the answers, where the dataset has them
     pairs: list[tuple[int, int]]  # (index of the chosen answer, index of the rejected one)
 
 
 def new_group(tokenizer, prompt, messages) -> AnswerGroup:
     """A prompt without answers."""
     ids = encode(tokenizer, prompt_text(tokenizer, prompt, messages), is_chat=messages is not None)
-    return AnswerGroup(prompt, ids, [], [], [], [], [])
+    return AnswerGroup(prompt, ids, [], [], [], [])
 
 
-def add_answer(tokenizer, group, answer, rating=None) -> int:
+def add_answer(tokenizer, group, answer) -> int:
     """The index of an answer in its group, to which it is added if it is new."""
     if answer not in group.answers:
         group.answers.append(answer)
         group.as_a.append(tokenizer("Answer A: " + answer, add_special_tokens=False)["input_ids"])
         second = tokenizer("\n\nAnswer B: " + answer, add_special_tokens=False)["input_ids"]
         group.as_b.append(second + [tokenizer.eos_token_id])
-        group.ratings.append(rating)
     return group.answers.index(answer)
 
 
@@ -266,18 +265,10 @@ def answer_groups(args, tokenizer, pairs) -> dict[str, AnswerGroup]:
         both = tokenizer([pair.chosen, pair.rejected], add_special_tokens=False)["input_ids"]
         if len(group.ids) + sum(map(len, both)) + 16 > args.max_length:  # 16: "Answer A: " and the like
             continue
-        ratings = [read_rating(pair.columns.get(name)) for name in ("chosen_rating", "rejected_rating")]
-        chosen = add_answer(tokenizer, group, pair.chosen, ratings[0])
-        rejected = add_answer(tokenizer, group, pair.rejected, ratings[1])
+        chosen = add_answer(tokenizer, group, pair.chosen)
+        rejected = add_answer(tokenizer, group, pair.rejected)
         group.pairs.append((chosen, rejected))
     return {text: group for text, group in groups.items() if group.pairs}
-
-
-def read_rating(value) -> float | None:
-    """A number, or None where it is missing: null, NaN, or "" in a csv file."""
-    if value in (None, "") or math.isnan(float(value)):
-        return None
-    return float(value)
 
 
 def load_rankings(args, accelerator, tokenizer) -> tuple[list[AnswerGroup], list[AnswerGroup]]:
@@ -436,7 +427,7 @@ def attention_mask(rows, config):
 
 
 class PairLogits(torch.nn.Module):
-    """z(a, b): the first output of a sequence classifier at the end of answer a, plus the second at the end of b."""
+    """z(a, b): a sequence classifier's first output at the end of answer a, plus its second at the end of b."""
 
     def __init__(self, model):
         super().__init__()
@@ -460,7 +451,7 @@ class PairLogits(torch.nn.Module):
 
 
 def order_rows(groups, orders, device) -> tuple[Rows, torch.Tensor]:
-    """What PairLogits takes. orders: for each group, the (index of answer a, index of answer b) of its texts."""
+    """What PairLogits takes. orders: for each group, its texts as (index of answer a, index of answer b)."""
     texts = []
     b_lengths = []
     for group, own_orders in zip(groups, orders):
@@ -499,11 +490,9 @@ def pair_ranker_loss(first_logits, second_logits) -> torch.Tensor:
     return (first + second) / 2
 
 
-def win_probabilities(logits) -> torch.Tensor:
-    """z(i, j), (k, k) -> P(i over j), (k, k): the mean of both orders; 1/2 on the diagonal."""
-    first_wins = logits.sigmoid()
-    probabilities = (first_wins + 1 - first_wins.T) / 2
-    return probabilities.fill_diagonal_(0.5)
+def win_probabilities(logits, reversed_logits) -> torch.Tensor:
+    """z(a, b) and z(b, a), of any shape -> P(a over b): the mean of both orders."""
+    return (logits.sigmoid() + 1 - reversed_logits.sigmoid()) / 2
 
 
 def win_rates(probabilities) -> torch.Tensor:
@@ -515,68 +504,35 @@ def win_rates(probabilities) -> torch.Tensor:
 
 
 # ---- Evaluation ----
-class Ranking(NamedTuple):
-    """What is known of the held-out answers."""
+class RankerEvaluation(NamedTuple):
+    """What is known of the held-out pairs."""
 
     means: dict[str, float]
-    win_rates: list[list[float]]  # of the answers of each prompt
-
-
-def all_orders(k) -> list[tuple[int, int]]:
-    """Every answer against every other, in both orders."""
-    return [(i, j) for i in range(k) for j in range(k) if i != j]
+    probabilities: list[list[float]]  # P(chosen over rejected) of the pairs of each prompt
 
 
 @torch.no_grad()
-def order_logits(network, group, device) -> torch.Tensor:
-    """z(i, j), (k, k) on the CPU, of all orders of a prompt's answers; 0 on the diagonal."""
-    k = len(group.answers)
-    logits = torch.zeros(k, k)
-    orders = all_orders(k)
-    if orders:
-        values = network(*order_rows([group], [orders], device)).cpu()
-        for (i, j), value in zip(orders, values):
-            logits[i, j] = value
-    return logits
-
-
-def evaluate_ranker(accelerator, network, groups) -> Ranking:
-    """All answers of each group against each other. Every process does all of it."""
-    pairs = []
-    rates = []
-    correlations = []
+def evaluate_ranker(accelerator, network, groups) -> RankerEvaluation:
+    """All pairs of each group, in both orders. Every process does all of it."""
+    values = []
+    probabilities = []
     for group in tqdm(groups, desc="evaluating", leave=False):
+        reversed_pairs = [(rejected, chosen) for chosen, rejected in group.pairs]
+        rows, b_lengths = order_rows([group], [group.pairs + reversed_pairs], accelerator.device)
         with accelerator.autocast():
-            logits = order_logits(network, group, accelerator.device)
-        probabilities = win_probabilities(logits)
-        for chosen, rejected in group.pairs:
-            loss = pair_ranker_loss(logits[chosen, rejected], logits[rejected, chosen])
-            right = probabilities[chosen, rejected] > 0.5
-            consistent = (logits[chosen, rejected] > 0) != (logits[rejected, chosen] > 0)
-            longer = len(group.as_a[chosen]) > len(group.as_a[rejected])
-            pairs.append([loss, right, consistent, longer])
-        rates.append(win_rates(probabilities))
-        if None not in group.ratings and len(set(group.ratings)) > 1:
-            correlations.append(rank_correlation(rates[-1], torch.tensor(group.ratings)))
-    values = torch.tensor(pairs).mean(0).tolist()
-    means = dict(zip(("loss", "accuracies", "consistent", "longer_wins"), values))
-    if correlations:
-        means["rank_corr"] = sum(correlations) / len(correlations)
-    return Ranking(means, [own_rates.tolist() for own_rates in rates])
+            first, second = network(rows, b_lengths).cpu().chunk(2)
+        p_chosen = win_probabilities(first, second)
+        consistent = (first > 0) != (second > 0)
+        longer = [len(group.as_a[chosen]) > len(group.as_a[rejected]) for chosen, rejected in group.pairs]
+        losses = pair_ranker_loss(first, second)
+        values.append(torch.stack([losses, p_chosen > 0.5, consistent, torch.tensor(longer)], dim=1))
+        probabilities.append(p_chosen.tolist())
+    means = torch.cat(values).mean(0).tolist()
+    return RankerEvaluation(dict(zip(("loss", "accuracies", "consistent", "longer_wins"), means)), probabilities)
 
 
-def rank_correlation(a, b) -> float:
-    """Spearman's, of (N,) and (N,): the correlation of their ranks, where equal values share a rank."""
-    ranks = []
-    for values in (a, b):
-        is_less = values[None, :] < values[:, None]
-        is_equal = values[None, :] == values[:, None]
-        ranks.append(is_less.sum(1) + is_equal.sum(1) / 2)
-    return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()  # 0 if all scores are equal
-
-
-def report_ranking(evaluations: dict[str, Ranking], groups) -> str:
-    """A table with a row for each evaluation, and three prompts with a pair and its answers' win rates."""
+def report_ranker(evaluations: dict[str, RankerEvaluation], groups) -> str:
+    """A table with a row for each evaluation, and three prompts with a pair and its probability."""
     lines = []
     for title, evaluation in evaluations.items():
         columns = [f"{name} {value:.3f}" for name, value in evaluation.means.items()]
@@ -586,8 +542,8 @@ def report_ranking(evaluations: dict[str, Ranking], groups) -> str:
         lines.append(f"\nprompt  {group.prompt!r:.300}")
         for name, index in zip(("chosen", "rejected"), group.pairs[0]):
             lines.append(f"{name:10}{group.answers[index]!r:.300}")
-            for title, evaluation in evaluations.items():
-                lines.append(f"{title:>18} {evaluation.win_rates[number][index]:.2f}")
+        for title, evaluation in evaluations.items():
+            lines.append(f"{title:10}P(chosen over rejected) {evaluation.probabilities[number][0]:.2f}")
     return "\n".join(lines)
 
 
@@ -607,11 +563,24 @@ def load_ranker() -> tuple:
     return PairLogits(model.eval()), tokenizer, is_chat, machine_settings("auto") == "bf16"
 
 
+@torch.no_grad()
+def order_logits(network, group, device) -> torch.Tensor:
+    """z(i, j), (k, k) on the CPU, of all a prompt's answers; 0 on the diagonal."""
+    k = len(group.answers)
+    logits = torch.zeros(k, k)
+    orders = list(itertools.permutations(range(k), 2))
+    if orders:
+        values = network(*order_rows([group], [orders], device)).cpu()
+        for (i, j), value in zip(orders, values):
+            logits[i, j] = value
+    return logits
+
+
 def win_rate(prompts, completions, **columns) -> list[float]:
     """A reward for rloo.py: each completion's win rate among those to its prompt; 1/2 for a lone one."""
     network, tokenizer, chat, bf16 = load_ranker()
     groups = {}
-    places = {}  # of each prompt's completions: their numbers in completions, and in the group, where copies are one
+    places = {}  # of each prompt's completions: their numbers here and in the group, where copies are one answer
     for number, (prompt, completion) in enumerate(zip(prompts, completions)):
         if isinstance(completion, list):
             completion = completion[0]["content"]
@@ -627,7 +596,8 @@ def win_rate(prompts, completions, **columns) -> list[float]:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = order_logits(network, group, device)
         numbers, indices = map(list, zip(*places[key]))
-        probabilities = win_probabilities(logits)[indices][:, indices]  # copies: 1/2 against each other
+        # Copies have 1/2 against each other.
+        probabilities = win_probabilities(logits, logits.T)[indices][:, indices]
         for number, rate in zip(numbers, win_rates(probabilities).tolist()):
             rewards[number] = rate
     return rewards
@@ -707,7 +677,8 @@ def main(args: Args) -> None:
     # Optimizer; with --resume, it and the model go on from the checkpoint.
     longest = 0
     for group in train + held_out:
-        longest = max(longest, len(group.ids) + max(map(len, group.as_a)) + max(map(len, group.as_b)))
+        for chosen, rejected in group.pairs:
+            longest = max(longest, len(group.ids) + len(group.as_a[chosen]) + len(group.as_b[rejected]))
     check_model(args, PairLogits(model), longest, "--max-length")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     network, optimizer = accelerator.prepare(PairLogits(model), optimizer)
@@ -733,7 +704,7 @@ def main(args: Args) -> None:
     if held_out:
         evaluations["before"] = run_evaluation()
     if args.eval_only:
-        accelerator.print(report_ranking(evaluations, held_out))
+        accelerator.print(report_ranker(evaluations, held_out))
         return
     if is_main:
         writer = SummaryWriter(output_dir, purge_step=first_step + 1)
@@ -832,7 +803,7 @@ def main(args: Args) -> None:
                 evaluations["trained"] = run_evaluation()
                 log("eval/", evaluations["trained"].means, done)
                 if is_main:
-                    writer.add_text("eval/samples", f"```\n{report_ranking(evaluations, held_out)}\n```", done)
+                    writer.add_text("eval/samples", f"```\n{report_ranker(evaluations, held_out)}\n```", done)
             if is_main and done % args.save_every == 0 and done < total_steps:
                 save(f"checkpoint-{done}")
             if signalled and done < total_steps:
@@ -849,7 +820,7 @@ def main(args: Args) -> None:
     if held_out and "trained" not in evaluations:  # resumed after the last step
         evaluations["trained"] = run_evaluation()
         log("eval/", evaluations["trained"].means, done)
-    accelerator.print(report_ranking(evaluations, held_out))
+    accelerator.print(report_ranker(evaluations, held_out))
     if is_main:
         writer.close()
         save("final")

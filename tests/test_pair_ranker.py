@@ -1,5 +1,6 @@
 """feedback/pair_ranker.py: its loss, its probabilities, its runs, its reward. What it shares with reward_model.py is tested there."""
 
+import itertools
 import json
 import math
 import random
@@ -38,7 +39,7 @@ def test_a_step_raises_z_with_the_chosen_answer_first_and_lowers_it_with_the_rej
 
 def test_probabilities_golden_and_antisymmetric():
     logits = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
-    probabilities = pair_ranker.win_probabilities(logits)
+    probabilities = pair_ranker.win_probabilities(logits, logits.T)
     assert (
         probabilities[0, 1].item()
         == pytest.approx((sigmoid(2) + 1 - sigmoid(1)) / 2)
@@ -46,7 +47,7 @@ def test_probabilities_golden_and_antisymmetric():
     )
     assert probabilities[1, 0].item() == pytest.approx(0.42513, abs=1e-5)
     logits = 5 * torch.randn(7, 7, generator=torch.Generator().manual_seed(0))
-    probabilities = pair_ranker.win_probabilities(logits)
+    probabilities = pair_ranker.win_probabilities(logits, logits.T)
     assert torch.allclose(probabilities + probabilities.T, torch.ones(7, 7), atol=1e-6)
 
 
@@ -77,7 +78,7 @@ def pairs(tmp_path_factory):
     for i in range(20):
         for _ in range(3):
             row = {"prompt": f"Say {i}", "chosen": word(rng, "abcde"), "rejected": word(rng, "VWXYZ")}
-            rows.append(row | {"chosen_rating": 2, "rejected_rating": 1})
+            rows.append(row)
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -99,7 +100,6 @@ def finished(flags, tmp_path_factory):
 def test_it_learns_and_shows_it(finished):
     assert scalars(finished, "eval/accuracies")[-1] == 1
     assert scalars(finished, "eval/loss")[-1] < 0.3 < scalars(finished, "eval/loss")[0]
-    assert scalars(finished, "eval/rank_corr")[-1] > 0.8
     assert scalars(finished, "loss/ranker")[0] > scalars(finished, "loss/ranker")[-1]
 
 
@@ -136,7 +136,7 @@ def test_a_text_is_what_the_page_says_and_rows_give_its_logit(finished):
     answers = ["abc", "XY", "a longer one, of several words"]
     assert [pair_ranker.add_answer(tokenizer, group, answer) for answer in [*answers, "abc"]] == [0, 1, 2, 0]
     logits = pair_ranker.order_logits(pair_ranker.PairLogits(network), group, "cpu")
-    for i, j in pair_ranker.all_orders(3):
+    for i, j in itertools.permutations(range(3), 2):
         alone = logits_alone(finished / "final", "Say so", answers[i], answers[j])
         assert logits[i, j].item() == pytest.approx(alone, abs=1e-4)
 
