@@ -341,22 +341,24 @@ def read_rows(path: str) -> tuple[list[Judged], Counter]:
     counts = Counter()
     n_rows = Counter()
     for number, line in enumerate(open(path, encoding="utf8"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             answers = row["answers"]
-            ranked = [answers[i] for i in row["ranking"] or []]
+            ranking = row["ranking"] or []
             key = (json.dumps(row["prompt"]), *sorted(answers))
-            if ranked and sorted(ranked) != sorted(set(answers)):
+            if ranking and (sorted(ranking) != list(range(len(answers))) or len(set(answers)) < len(answers)):
                 raise ValueError("ranking must have each index once, and the answers must differ")
         except (LookupError, TypeError, ValueError) as error:
             sys.exit(f"--export {path}: line {number} is no row of prompt, answers and ranking: {error!r}")
         n_rows[key] += 1
-        counts["finished" if ranked else "unfinished"] += 1
+        counts["finished" if ranking else "unfinished"] += 1
         # Rows may show the answers in different orders. That of the first row counts.
         item = judged.setdefault(key, Judged(row["prompt"], answers, {}))
-        if ranked:
+        if ranking:
             annotator = str(row.get("annotator", n_rows[key]))
-            item.rankings[annotator] = [item.answers.index(answer) for answer in ranked]
+            item.rankings[annotator] = [item.answers.index(answers[i]) for i in ranking]
     return list(judged.values()), counts
 
 

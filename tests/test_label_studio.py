@@ -266,7 +266,7 @@ def test_read_plain_rows(tmp_path, capsys):
         {"prompt": "q \u2028", "answers": ["A", "B"], "ranking": [1, 0]},
         {"prompt": "r", "answers": ["A", "B"], "ranking": [1, 0], "annotator": "2"},
     ]
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n"  # a blank line
     pairs = read(tmp_path, content, name="rows.jsonl")
     assert pairs[:2] == [pair("A", "B", 2.5, 1), pair("C", "B", 2.5, 1)]
     assert pairs[2:] == [pair("B", "A", 2, 1, "q \u2028"), pair("B", "A", 2, 1, "r")]
@@ -322,7 +322,7 @@ def test_a_bad_export_is_one_line(content, said, tmp_path):
         ("not json\n", "line 1 is no row"),
         (json.dumps(PLAIN) + "\n" + '{"prompt": "p"}\n', "line 2 is no row .*answers"),
         (json.dumps(PLAIN | {"ranking": [0, 0]}), "each index once"),
-        (json.dumps(PLAIN | {"ranking": [0, 2]}), "line 1 is no row .*out of range"),
+        (json.dumps(PLAIN | {"ranking": [0, 2]}), "line 1 is no row .*each index once"),
         (json.dumps(PLAIN | {"ranking": ["A", "B"]}), "line 1 is no row"),
         (json.dumps(PLAIN | {"answers": ["A", "A"]}), "answers must differ"),
         ("", "no pair is left"),
@@ -333,6 +333,7 @@ def test_a_bad_row_is_one_line(content, said, tmp_path):
         read(tmp_path, content, name="rows.jsonl")
     assert "\n" not in str(error.value)
 
+        (json.dumps(PLAIN | {"ranking": [-1, 0]}), "line 1 is no row .*each index once"),
 
 # ---- a real server
 
