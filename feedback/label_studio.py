@@ -245,7 +245,7 @@ def make_tasks(answered, kind: str, seed: int) -> list[dict]:
     order = random.Random(seed)
     tasks = []
     for prompt, answers in answered:
-        answers = [answer for answer in dict.fromkeys(answers) if answer.strip()]
+        answers = [answer for answer in dict.fromkeys(answers) if answer and answer.strip()]
         order.shuffle(answers)
         shown = {"prompt": prompt, "text": text_of(prompt)}
         if kind == "ranking" and len(answers) > 1:
@@ -265,7 +265,7 @@ def make(args) -> None:
         answered = answer_prompts(args)
     else:
         records = read_dataset(args.answers, args.dataset_split)
-        answered = [(record[args.prompt_column], record["answers"]) for record in records][: args.limit]
+        answered = [(record[args.prompt_column], record["answers"] or []) for record in records][: args.limit]
     tasks = make_tasks(answered, args.kind, args.seed)
     if len(tasks) == 0:
         sys.exit(f"--dataset, --answers, --k: of {len(answered)} prompts none has two different answers")

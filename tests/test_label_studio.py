@@ -124,7 +124,7 @@ def test_fleiss_kappa_of_a_published_example():
 # ---- make
 
 ANSWERS = [
-    {"prompt": [{"role": "user", "content": MARKUP}], "answers": [MARKUP, "long " * 500, "short", " ", "short"]},
+    {"prompt": [{"role": "user", "content": MARKUP}], "answers": [MARKUP, "long " * 500, "short", " ", "short", None]},
     {"prompt": [{"role": "user", "content": "q"}], "answers": ["one", "one"]},
     {"prompt": [{"role": "user", "content": "r"}], "answers": ["a", "b"]},
 ]
@@ -138,7 +138,8 @@ def make(folder, *flags):
 
 def test_make_ranking(write_jsonl, tmp_path, capsys):
     tasks, labels = make(tmp_path, "--answers", write_jsonl(ANSWERS))
-    assert len(tasks) == 2  # the second prompt has one answer only
+    {"prompt": [{"role": "user", "content": "s"}], "answers": None},
+    assert len(tasks) == 2  # the second prompt has one answer only, the third none
     data = tasks[0]["data"]
     assert data["prompt"] == ANSWERS[0]["prompt"]
     assert data["text"] == MARKUP
@@ -150,12 +151,12 @@ def test_make_ranking(write_jsonl, tmp_path, capsys):
     assert ranker.get("name") == "ranking"
     assert shown.get("value") == "$answers"
     assert labels.find(".//HyperText") is None  # which would run what is in an answer
-    assert "2 tasks of 3 prompts" in capsys.readouterr().out
+    assert "2 tasks of 4 prompts" in capsys.readouterr().out
 
 
 def test_make_pairwise(write_jsonl, tmp_path):
     tasks, labels = make(tmp_path, "--answers", write_jsonl(ANSWERS), "--kind", "pairwise")
-    assert len(tasks) == 3 + 0 + 1
+    assert len(tasks) == 3 + 0 + 0 + 1
     shown = {frozenset((task["data"]["left"], task["data"]["right"])) for task in tasks}
     assert frozenset((MARKUP, "short")) in shown and frozenset("ab") in shown
     assert len(shown) == 4
