@@ -86,7 +86,19 @@ def test_three_annotators_golden_and_the_majority_decides():
 
 
 def test_agreement_is_not_known_of_one_annotator():
-    assert label_studio.report_agreement([{}, {"anna": True}]) == "1 annotators, no pair judged by several"
+    assert label_studio.report_agreement([{}, {"anna": True}]).startswith("no pair is judged by several annotators")
+
+
+def test_untouched_rankings_agree():
+    """All see the same order. Half of the tasks untouched by both, the others ranked at random: docs/label_studio.md."""
+    dice = random.Random(0)
+    votes = []
+    for i in range(4000):
+        rankings = {name: [0, 1, 2] if i % 2 else dice.sample(range(3), 3) for name in ("anna", "ben")}
+        votes += label_studio.votes_of(Judged("p", ["A", "B", "C"], rankings)).values()
+    a, b = ([vote[name] for vote in votes] for name in ("anna", "ben"))
+    assert sum(x == y for x, y in zip(a, b)) / len(a) == pytest.approx(0.75, abs=0.02)
+    assert label_studio.cohen_kappa(a, b) == pytest.approx(1 / 3, abs=0.04)
 
 
 # ---- agreement
@@ -107,7 +119,7 @@ def test_cohens_kappa_golden_and_as_in_sklearn():
 def test_fleiss_kappa_golden():
     """3 annotators: P = 1, 1, 1/3, whose mean is 7/9. 5 and 4 of 9 votes: 41/81 by chance. 22/40."""
     counts = [(3, 0), (0, 3), (2, 1)]
-    assert label_studio.pairwise_agreement(counts) == pytest.approx(7 / 9)
+    assert label_studio.observed_agreement(counts) == pytest.approx(7 / 9)
     assert label_studio.fleiss_kappa(counts) == pytest.approx(22 / 40)
     kappa = label_studio.fleiss_kappa([(3, 0), (2, 0)])
     assert kappa != kappa  # nan: all always say the same
@@ -117,7 +129,7 @@ def test_fleiss_kappa_of_a_published_example():
     """14 annotators, 10 items, 5 labels: en.wikipedia.org/wiki/Fleiss'_kappa, which has 0.210."""
     table = "0 0 0 0 14|0 2 6 4 2|0 0 3 5 6|0 3 9 2 0|2 2 8 1 1|7 7 0 0 0|3 2 6 3 0|2 5 3 2 2|6 5 2 1 0|0 2 2 3 7"
     counts = [tuple(map(int, row.split())) for row in table.split("|")]
-    assert label_studio.pairwise_agreement(counts) == pytest.approx(0.378, abs=5e-4)
+    assert label_studio.observed_agreement(counts) == pytest.approx(0.378, abs=5e-4)
     assert label_studio.fleiss_kappa(counts) == pytest.approx(0.210, abs=5e-4)
 
 
@@ -126,6 +138,7 @@ def test_fleiss_kappa_of_a_published_example():
 ANSWERS = [
     {"prompt": [{"role": "user", "content": MARKUP}], "answers": [MARKUP, "long " * 500, "short", " ", "short", None]},
     {"prompt": [{"role": "user", "content": "q"}], "answers": ["one", "one"]},
+    {"prompt": [{"role": "user", "content": "s"}], "answers": None},
     {"prompt": [{"role": "user", "content": "r"}], "answers": ["a", "b"]},
 ]
 
@@ -138,7 +151,6 @@ def make(folder, *flags):
 
 def test_make_ranking(write_jsonl, tmp_path, capsys):
     tasks, labels = make(tmp_path, "--answers", write_jsonl(ANSWERS))
-    {"prompt": [{"role": "user", "content": "s"}], "answers": None},
     assert len(tasks) == 2  # the second prompt has one answer only, the third none
     data = tasks[0]["data"]
     assert data["prompt"] == ANSWERS[0]["prompt"]
@@ -321,6 +333,7 @@ def test_a_bad_export_is_one_line(content, said, tmp_path):
     "content, said",
     [
         ("not json\n", "line 1 is no row"),
+        (json.dumps(PLAIN | {"ranking": [-1, 0]}), "line 1 is no row .*each index once"),
         (json.dumps(PLAIN) + "\n" + '{"prompt": "p"}\n', "line 2 is no row .*answers"),
         (json.dumps(PLAIN | {"ranking": [0, 0]}), "each index once"),
         (json.dumps(PLAIN | {"ranking": [0, 2]}), "line 1 is no row .*each index once"),
@@ -334,7 +347,6 @@ def test_a_bad_row_is_one_line(content, said, tmp_path):
         read(tmp_path, content, name="rows.jsonl")
     assert "\n" not in str(error.value)
 
-        (json.dumps(PLAIN | {"ranking": [-1, 0]}), "line 1 is no row .*each index once"),
 
 # ---- a real server
 
