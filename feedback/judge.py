@@ -192,7 +192,7 @@ How good is the answer? Reply with one digit, from 0 to 5. The grade:
 REFERENCE = "\nA correct answer, to compare with: {reference}\n"
 LABELS = {"pairwise": "AB", "grade": "012345", "reference": "012345"}
 # How a reply with a verdict begins: "B", "**B**", "[[B]]", "Verdict: B", "4/5". Not: "A fair one", "4.5".
-REPLIES = {"AB": r"\W*(?:[\w ]+:\W*)?([AB])(?! *\w)", "012345": r"\W*(?:[\w ]+:\W*)?([0-5])(?!\w|\.\d)"}
+VERDICT_PATTERNS = {"AB": r"\W*(?:[\w ]+:\W*)?([AB])(?! *\w)", "012345": r"\W*(?:[\w ]+:\W*)?([0-5])(?!\w|\.\d)"}
 
 
 def grade_question(request, answer, reference) -> str:
@@ -228,8 +228,8 @@ def repeat_sentences(text: str) -> str:
 
 # ---- Judges ----
 # A judge is a function (question, labels) -> (a probability for each label, the reply as text).
-# Instead of the probabilities there is None if all labels together have less than LEAST_MASS: no verdict.
-LEAST_MASS = 0.01
+# Instead of the probabilities there is None if all labels together have less than MIN_VERDICT_PROB: no verdict.
+MIN_VERDICT_PROB = 0.01
 
 
 def load_model(name: str, auto_class=AutoModelForCausalLM, **settings):
@@ -317,7 +317,7 @@ def server_judge(args):
             try:
                 choice = choice_for(question)
                 reply = choice.message.content or ""
-                masses = masses_of_logprobs(choice.logprobs, labels) or masses_of_text(reply, labels)
+                masses = probs_of_logprobs(choice.logprobs, labels) or probs_of_text(reply, labels)
                 if masses is not None:
                     break
             except wrong_json as error:
@@ -336,12 +336,12 @@ def server_judge(args):
 
 def enough(masses) -> dict | None:
     """The probabilities of the labels, if the judge would say one of them at all."""
-    if sum(masses.values()) < LEAST_MASS:
+    if sum(masses.values()) < MIN_VERDICT_PROB:
         return None
     return masses
 
 
-def masses_of_logprobs(logprobs, labels) -> dict | None:
+def probs_of_logprobs(logprobs, labels) -> dict | None:
     """The labels' probabilities among the likeliest first tokens of a reply, with and without a blank."""
     if logprobs is None or not logprobs.content:
         return None
@@ -353,9 +353,9 @@ def masses_of_logprobs(logprobs, labels) -> dict | None:
     return enough(masses)
 
 
-def masses_of_text(reply, labels) -> dict | None:
+def probs_of_text(reply, labels) -> dict | None:
     """The verdict that a reply begins with, as certain. Thoughts before it are skipped; a refusal has none."""
-    match = re.match(REPLIES[labels], reply.rpartition("</think>")[2])
+    match = re.match(VERDICT_PATTERNS[labels], reply.rpartition("</think>")[2])
     if match is None:
         return None
     masses = dict.fromkeys(labels, 0.0)
@@ -388,10 +388,10 @@ def judge_all(args, comparisons) -> list[dict]:
         questions = questions_of(args, comparison)
         asked = [args.base_url, args.model, *list(questions.values())[:2]]
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
-        new_row = {"key": key, "model": args.model, **comparison._asdict(), "masses": {}, "replies": {}}
+        new_row = {"key": key, "model": args.model, **comparison._asdict(), "verdict_probs": {}, "replies": {}}
         row = rows.setdefault(key, new_row)
         keys.append(key)
-        if not questions.keys() <= row["masses"].keys():
+        if not questions.keys() <= row["verdict_probs"].keys():
             missing[key] = (row, questions)
     print(f"{len(comparisons)} pairs to judge, {len(comparisons) - len(missing)} of them are in {path}")
     judge, workers = None, 1
@@ -402,10 +402,10 @@ def judge_all(args, comparisons) -> list[dict]:
     def complete_row(row, questions):
         try:
             for names, question in questions.items():
-                if names not in row["masses"]:
-                    row["masses"][names], row["replies"][names] = judge(question, LABELS[args.mode])
+                if names not in row["verdict_probs"]:
+                    row["verdict_probs"][names], row["replies"][names] = judge(question, LABELS[args.mode])
         finally:
-            if row["masses"]:
+            if row["verdict_probs"]:
                 with lock:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
@@ -512,8 +512,8 @@ def table_of(args, rows) -> tuple[str, list]:
     values = []
     masses = []
     for row in rows:
-        values.append({names: read(answer) for names, answer in row["masses"].items()})
-        masses += [sum(answer.values()) for answer in row["masses"].values() if answer is not None]
+        values.append({names: read(answer) for names, answer in row["verdict_probs"].items()})
+        masses += [sum(answer.values()) for answer in row["verdict_probs"].values() if answer is not None]
 
     lines = []
     verdicts = {}

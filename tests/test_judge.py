@@ -149,7 +149,7 @@ def test_repeat_sentences():
     + [("012345", reply, None) for reply in ("10", "4.5", "7", "four", "I give 4")],
 )
 def test_verdicts_in_words(labels, reply, verdict):
-    masses = judge.masses_of_text(reply, labels)
+    masses = judge.probs_of_text(reply, labels)
     if verdict is None:
         assert masses is None
     else:
@@ -163,9 +163,9 @@ def logprobs_of(probabilities):
 
 def test_verdicts_in_log_probabilities():
     logprobs = logprobs_of({"The": 0.3, "A": 0.2, " A": 0.1, "B": 0.05, "AB": 0.2, "a": 0.1})
-    assert judge.masses_of_logprobs(logprobs, "AB") == pytest.approx({"A": 0.3, "B": 0.05})
-    assert judge.masses_of_logprobs(logprobs_of({"The": 0.9, "A": 0.009}), "AB") is None  # it would not say it
-    assert judge.masses_of_logprobs(None, "AB") is judge.masses_of_logprobs(SimpleNamespace(content=[]), "AB") is None
+    assert judge.probs_of_logprobs(logprobs, "AB") == pytest.approx({"A": 0.3, "B": 0.05})
+    assert judge.probs_of_logprobs(logprobs_of({"The": 0.9, "A": 0.009}), "AB") is None  # it would not say it
+    assert judge.probs_of_logprobs(None, "AB") is judge.probs_of_logprobs(SimpleNamespace(content=[]), "AB") is None
 
 
 # ---- a scripted judge: every figure by hand
@@ -281,7 +281,7 @@ def by_hand(model, tokenizer, question, labels):
 @pytest.mark.parametrize("mode", ["pairwise", "grade"])
 def test_a_tiny_model_judges(mode, tiny, write_jsonl, tmp_path, capsys, monkeypatch):
     """Its probabilities are those of the rows of the other scripts, and a second run asks nothing."""
-    monkeypatch.setattr(judge, "LEAST_MASS", 0)  # a random model seldom says a verdict
+    monkeypatch.setattr(judge, "MIN_VERDICT_PROB", 0)  # a random model seldom says a verdict
     out = tmp_path / "out.jsonl"
     flags = ["--dataset", write_jsonl(PAIRS), "--model", tiny, "--out", out, "--mode", mode, "--verbosity"]
     run_judge(*flags)
@@ -293,17 +293,17 @@ def test_a_tiny_model_judges(mode, tiny, write_jsonl, tmp_path, capsys, monkeypa
     for row, pair in zip(rows, PAIRS):
         comparison = judge.Comparison(pair["prompt"], pair["prompt"], pair["chosen"], pair["rejected"], None)
         questions = judge.questions_of(args, comparison)
-        assert row["masses"].keys() == questions.keys()
+        assert row["verdict_probs"].keys() == questions.keys()
         for names, question in questions.items():
             expected = by_hand(model, tokenizer, question, judge.LABELS[mode])
-            assert list(row["masses"][names].values()) == pytest.approx(expected, rel=1e-3)
+            assert list(row["verdict_probs"][names].values()) == pytest.approx(expected, rel=1e-3)
     run_judge(*flags)
     assert capsys.readouterr().out.splitlines()[2:] == printed.splitlines()[2:]
     assert rows_of(out) == rows
 
 
 def test_a_verdict_that_it_would_not_say_is_none(tiny, write_jsonl, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(judge, "LEAST_MASS", 1.0)
+    monkeypatch.setattr(judge, "MIN_VERDICT_PROB", 1.0)
     run_judge("--dataset", write_jsonl(PAIRS), "--model", tiny, "--out", tmp_path / "out.jsonl")
     assert table(capsys.readouterr().out)["a over b"][3:] == (0, 0, 0, 4)
 
@@ -367,7 +367,7 @@ def prefers_good(body):
 def test_log_probabilities_of_a_server_give_the_verdicts_of_the_local_way(
     tiny, serve, write_jsonl, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(judge, "LEAST_MASS", 0)
+    monkeypatch.setattr(judge, "MIN_VERDICT_PROB", 0)
     model, tokenizer = rloo.load_model(tiny)
 
     def reply(n, body):
@@ -387,7 +387,7 @@ def test_log_probabilities_of_a_server_give_the_verdicts_of_the_local_way(
     assert {(body["logprobs"], body["top_logprobs"], body["temperature"]) for body in bodies} == {(True, 20, 0)}
     for served, local in zip(rows_of(tmp_path / "server.jsonl"), rows_of(tmp_path / "local.jsonl")):
         for names in ("ab", "ba"):
-            assert served["masses"][names] == pytest.approx(local["masses"][names], rel=1e-3)
+            assert served["verdict_probs"][names] == pytest.approx(local["verdict_probs"][names], rel=1e-3)
 
 
 def test_a_verdict_in_words_where_log_probabilities_are_refused(serve, write_jsonl, tmp_path, capsys):
@@ -455,7 +455,7 @@ def test_a_server_that_goes_on_failing_costs_nothing_that_was_answered(
         run_judge(*flags)
     assert "--base-url" in str(stopped.value) and "the same command goes on" in str(stopped.value)
     assert "\n" not in str(stopped.value) and stopped.value.code != 0
-    assert sorted(len(row["masses"]) for row in rows_of(tmp_path / "out.jsonl")) == [1, 2]
+    assert sorted(len(row["verdict_probs"]) for row in rows_of(tmp_path / "out.jsonl")) == [1, 2]
     time.sleep(1.2 * (fails is slow))  # its late answers
 
     broken.clear()
@@ -510,7 +510,7 @@ def test_as_a_reward_of_rloo(tiny, monkeypatch):
     """Strings and messages, by rloo.py's own way to load a function. The judge is loaded once."""
     monkeypatch.setenv("JUDGE_MODEL", tiny)
     scorer = rloo.load_scorer("--reward", f"{judge.__file__}:grade", None)
-    monkeypatch.setattr(judge, "LEAST_MASS", 0)
+    monkeypatch.setattr(judge, "MIN_VERDICT_PROB", 0)
     judge.judge_of_environment.cache_clear()
     messages = [{"role": "user", "content": "say 1"}]
     prompts = [rloo.Prompt([1], messages, {"prompts": p, "prompt": p}) for p in ("say 1", messages)]
@@ -526,6 +526,6 @@ def test_as_a_reward_of_rloo(tiny, monkeypatch):
     assert judge.judge_of_environment.cache_info().misses == 1
     with_reference = judge.grade(["say 1"], ["one"], reference=["1"])
     assert with_reference != pytest.approx(scores[:1], rel=1e-6)
-    monkeypatch.setattr(judge, "LEAST_MASS", 1.0)
+    monkeypatch.setattr(judge, "MIN_VERDICT_PROB", 1.0)
     assert judge.grade(["say 1"], ["one"]) == [0.0]
     judge.judge_of_environment.cache_clear()
