@@ -26,7 +26,6 @@ Small models are poor judges: docs/judge.md has numbers.
 Left out on purpose: reasons before the verdict, several judges, a third verdict "tie", several processes.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -63,11 +62,11 @@ class Args:
     reference_column: str = "reference"  # correct answers, for --mode reference
     limit: int | None = None  # judge the first so many pairs
     max_characters: int = 8000  # a pair whose prompt and answers are longer together is dropped
-    verbosity: bool = False  # also judge each answer a beside itself with every sentence said twice
+    verbosity: bool = False  # also judge each answer a beside a copy that says everything twice
     out: str = "judged.jsonl"  # what the judge said, a JSON line per pair; it is not asked again
     pairs_out: str | None = None  # the decided pairs (prompt, chosen, rejected), for dpo.py
     concurrency: int = 8  # questions that a server gets at a time
-    max_retries: int = 3  # tries again where a server fails or gives no verdict
+    max_retries: int = 3  # further tries where a server fails or sends wrong JSON
     timeout: float = 60.0  # seconds that a server has for an answer
     max_tokens: int = 16  # longest reply of a server; more for a model that thinks first
     precision: Literal["fp32", "bf16"] = "fp32"  # of a local model's weights; bf16: half the memory
@@ -94,7 +93,7 @@ class Comparison(NamedTuple):
     request: str  # the same as a text
     a: str
     b: str
-    reference: str | None  # a correct answer
+    reference: str | None = None  # a correct answer
 
 
 def read_comparisons(args) -> list[Comparison]:
@@ -191,8 +190,20 @@ How good is the answer? Reply with one digit, from 0 to 5. The grade:
 """
 REFERENCE = "\nA correct answer, to compare with: {reference}\n"
 LABELS = {"pairwise": "AB", "grade": "012345", "reference": "012345"}
-# How a reply with a verdict begins: "B", "**B**", "[[B]]", "Verdict: B", "4/5". Not: "A fair one", "4.5".
-VERDICT_PATTERNS = {"AB": r"\W*(?:[\w ]+:\W*)?([AB])(?! *\w)", "012345": r"\W*(?:[\w ]+:\W*)?([0-5])(?!\w|\.\d)"}
+# Verdicts in words, without markdown. A label counts if no word follows: not in "A fair one", "3 facts", "4.5".
+LETTER = r"([AB])(?! *[\w/])"
+DIGIT = r"([0-5])(?: ?/ ?5| out of 5| points?)?(?! *[\w/]|[.-]\d)"
+LETTER_PATTERNS = (
+    rf"\b(?i:verdict|better answer|winner)(?: is)?\W+(?i:answer )?{LETTER}",  # Verdict: B. The better answer is B
+    r"\A\W*(?i:answer )?([AB]) is (?:the )?better\b",  # A is better
+    rf"\A\W*(?!(?i:answer) .:)(?i:answer )?{LETTER}",  # B. Answer B. But "Answer A: ..." repeats it
+)
+DIGIT_PATTERNS = (
+    rf"\b(?i:grade|score|rating)(?: \(.*?\))?(?: is| of)?\W+{DIGIT}",  # Grade: 4. Score (0-5): 4. A score of 4/5
+    rf"\b(?:give|rate)(?: \w+){{0,3}} {DIGIT}",  # I would give it a 4
+    rf"\A\W*(?!1[.)] ){DIGIT}",  # 4. Then why. But 1. begins a list
+)
+VERDICT_PATTERNS = {"AB": LETTER_PATTERNS, "012345": DIGIT_PATTERNS}
 
 
 def grade_question(request, answer, reference) -> str:
@@ -203,32 +214,27 @@ def grade_question(request, answer, reference) -> str:
 
 
 def questions_of(args, comparison) -> dict[str, str]:
-    """What is asked about a pair. The key names the answers as they are shown: ab, ba; r is a, repeated."""
-    answers = {"a": comparison.a, "b": comparison.b}
-    shown = {"pairwise": ["ab", "ba"]}.get(args.mode, ["a", "b"])
-    if args.verbosity:
-        answers["r"] = repeat_sentences(comparison.a)
-        shown += {"pairwise": ["ra", "ar"]}.get(args.mode, ["r"])
+    """What is asked about a pair. Keys: ab = a shown first, then b; r = a, with everything said twice."""
+    answers = {"a": comparison.a, "b": comparison.b, "r": f"{comparison.a}\n\n{comparison.a}"}
+    if args.mode == "pairwise":
+        keys = ["ab", "ba", "ra", "ar"]
+    else:
+        keys = ["a", "b", "r"]
+    if not args.verbosity:
+        keys = keys[:2]
     questions = {}
-    for names in shown:
-        first = answers[names[0]]
+    for key in keys:
+        shown = [answers[name] for name in key]
         if args.mode == "pairwise":
-            second = answers[names[1]]
-            questions[names] = PAIRWISE.format(request=comparison.request, first=first, second=second)
+            questions[key] = PAIRWISE.format(request=comparison.request, first=shown[0], second=shown[1])
         else:
-            questions[names] = grade_question(comparison.request, first, comparison.reference)
+            questions[key] = grade_question(comparison.request, shown[0], comparison.reference)
     return questions
-
-
-def repeat_sentences(text: str) -> str:
-    """Every sentence or line twice: longer, and nothing is added. See 2306.05685, section 3.3."""
-    parts = re.split(r"((?<=[.!?])\s+|\n+)", text)  # sentence, blanks, sentence, ...
-    return "".join(f"{part} {part}" if part.strip() else part for part in parts)
 
 
 # ---- Judges ----
 # A judge is a function (question, labels) -> (a probability for each label, the reply as text).
-# Instead of the probabilities there is None if all labels together have less than MIN_VERDICT_PROB: no verdict.
+# Instead of the probabilities there is None if all labels together have less than this: no verdict.
 MIN_VERDICT_PROB = 0.01
 
 
@@ -279,13 +285,15 @@ def local_judge(args):
         text = prompt_text(tokenizer, question, as_messages(question, is_chat))
         ids = torch.tensor([encode(tokenizer, text, is_chat)], device=device)
         probabilities = model(ids, logits_to_keep=1).logits[0, -1].float().softmax(0)  # (V,)
-        masses = {}
+        verdict_probs = {}
         for label in labels:
-            # With and without a blank before it, a label is two tokens. Both count.
+            # "A" and " A" are different tokens: their probabilities are added.
             forms = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (label, " " + label)]
-            tokens = sorted({ids[-1] for ids in forms})
-            masses[label] = probabilities[tokens].sum().item()
-        return enough(masses), ""
+            tokens = sorted({form[-1] for form in forms})
+            verdict_probs[label] = probabilities[tokens].sum().item()
+        if sum(verdict_probs.values()) < MIN_VERDICT_PROB:
+            return None, ""
+        return verdict_probs, ""
 
     return judge
 
@@ -296,71 +304,84 @@ def server_judge(args):
 
     key = os.environ.get("OPENAI_API_KEY", "none")
     client = openai.OpenAI(base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=args.max_retries)
-
     refused = (openai.BadRequestError, openai.UnprocessableEntityError)
     wrong_json = (ValueError, TypeError, AttributeError, IndexError)
+    gives_logprobs = None  # not known yet
 
     def complete(question, **options):
         settings = {"model": args.model, "temperature": 0, "max_tokens": args.max_tokens, **options}
         return client.chat.completions.create(messages=as_messages(question, True), **settings).choices[0]
 
     def choice_for(question):
-        try:
-            return complete(question, logprobs=True, top_logprobs=20)
-        except refused:
-            return complete(question)  # a server without log-probabilities
+        nonlocal gives_logprobs
+        if gives_logprobs is not False:
+            try:
+                choice = complete(question, logprobs=True, top_logprobs=20)
+                gives_logprobs = True
+                return choice
+            except refused:
+                if gives_logprobs:
+                    raise
+        # The server refused the log-probabilities, or else this question: then it is refused here, too.
+        choice = complete(question)
+        gives_logprobs = False
+        return choice
 
-    # The client itself tries again where the server is down, slow or busy. Here: wrong JSON, or no verdict.
+    # The client itself tries again where the server is down, slow or busy. Here: where its JSON is wrong.
     def judge(question, labels):
         for _ in range(args.max_retries + 1):
-            problem = None
             try:
                 choice = choice_for(question)
                 reply = choice.message.content or ""
-                masses = probs_of_logprobs(choice.logprobs, labels) or probs_of_text(reply, labels)
-                if masses is not None:
-                    break
+                return probs_of_logprobs(choice.logprobs, labels) or probs_of_text(reply, labels), reply
+            except refused as error:
+                said = one_line(error)
+                print(f"--base-url {args.base_url}: no verdict, {said}", file=sys.stderr)
+                return None, said
             except wrong_json as error:
-                problem = error
+                said = one_line(error)
             except openai.OpenAIError as error:
-                problem = error
+                said = one_line(error)
                 break
-        if problem is None:
-            return masses, reply
-        said = " ".join(f"{type(problem).__name__}: {problem}".split())
         cure = f"is the server up, does it know --model {args.model}, is --timeout {args.timeout} enough?"
-        sys.exit(f"--base-url {args.base_url}: {said:.200}: {cure}")
+        sys.exit(f"--base-url {args.base_url}: {said}: {cure}")
 
     return judge
 
 
-def enough(masses) -> dict | None:
-    """The probabilities of the labels, if the judge would say one of them at all."""
-    if sum(masses.values()) < MIN_VERDICT_PROB:
-        return None
-    return masses
+def one_line(error) -> str:
+    """What an error says, on one line."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return said[:200]
 
 
 def probs_of_logprobs(logprobs, labels) -> dict | None:
     """The labels' probabilities among the likeliest first tokens of a reply, with and without a blank."""
     if logprobs is None or not logprobs.content:
         return None
-    masses = dict.fromkeys(labels, 0.0)
+    verdict_probs = dict.fromkeys(labels, 0.0)
     for candidate in logprobs.content[0].top_logprobs:
         label = candidate.token.strip()
-        if label in masses:
-            masses[label] += math.exp(candidate.logprob)
-    return enough(masses)
+        if label in verdict_probs:
+            verdict_probs[label] += math.exp(candidate.logprob)
+    if sum(verdict_probs.values()) < MIN_VERDICT_PROB:
+        return None
+    return verdict_probs
 
 
 def probs_of_text(reply, labels) -> dict | None:
-    """The verdict that a reply begins with, as certain. Thoughts before it are skipped; a refusal has none."""
-    match = re.match(VERDICT_PATTERNS[labels], reply.rpartition("</think>")[2])
-    if match is None:
+    """The verdict that a reply states, as certain: by the first pattern that is found, where it stands last."""
+    text = reply.rpartition("</think>")[2]
+    if "<think>" in text:  # the thoughts were cut off
         return None
-    masses = dict.fromkeys(labels, 0.0)
-    masses[match[1]] = 1.0
-    return masses
+    text = re.sub(r"[*_`#\[\]]", "", text)
+    for pattern in VERDICT_PATTERNS[labels]:
+        found = re.findall(pattern, text)
+        if found:
+            verdict_probs = dict.fromkeys(labels, 0.0)
+            verdict_probs[found[-1]] = 1.0
+            return verdict_probs
+    return None
 
 
 def load_judge(args):
@@ -371,17 +392,21 @@ def load_judge(args):
 
 
 def judge_all(args, comparisons) -> list[dict]:
-    """A row for each comparison, with the masses of its questions. --out has the rows of earlier runs."""
+    """A row for each comparison, with the verdict's probabilities. --out has the rows of earlier runs."""
     rows = {}
     path = Path(args.out)
     line = ""
     if path.exists():
-        for line in path.open(encoding="utf8"):
-            with contextlib.suppress(ValueError):  # of a line that was cut off
+        for line in path.open(encoding="utf8", errors="replace"):
+            try:
                 row = json.loads(line)
-                rows[row["key"]] = row  # the last one, if a pair was judged in two goes
+            except ValueError:  # a line that was cut off
+                continue
+            if "verdict_probs" not in row:
+                sys.exit(f"--out {path}: it holds other rows than judged pairs: name another file")
+            rows[row["key"]] = row  # a later line of a pair has what the earlier ones have, and more
 
-    # The key is who is asked, and what: the first two questions hold it all. What a row lacks is asked now.
+    # A pair is known by who is asked and by its first two questions, which have all its texts.
     keys = []
     missing = {}
     for comparison in comparisons:
@@ -391,21 +416,23 @@ def judge_all(args, comparisons) -> list[dict]:
         new_row = {"key": key, "model": args.model, **comparison._asdict(), "verdict_probs": {}, "replies": {}}
         row = rows.setdefault(key, new_row)
         keys.append(key)
-        if not questions.keys() <= row["verdict_probs"].keys():
+        if any(row["verdict_probs"].get(names) is None for names in questions):
             missing[key] = (row, questions)
-    print(f"{len(comparisons)} pairs to judge, {len(comparisons) - len(missing)} of them are in {path}")
+    print(f"{len(missing)} pairs to judge that are not in {path} yet")
     judge, workers = None, 1
     if missing:
         judge, workers = load_judge(args)
     lock = threading.Lock()
 
     def complete_row(row, questions):
+        verdict_probs = row["verdict_probs"]
         try:
             for names, question in questions.items():
-                if names not in row["verdict_probs"]:
-                    row["verdict_probs"][names], row["replies"][names] = judge(question, LABELS[args.mode])
+                if verdict_probs.get(names) is None:
+                    verdict_probs[names], row["replies"][names] = judge(question, LABELS[args.mode])
         finally:
-            if row["verdict_probs"]:
+            # What was answered is kept, even where the next question stops the run.
+            if verdict_probs:
                 with lock:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
@@ -426,18 +453,18 @@ def judge_all(args, comparisons) -> list[dict]:
 
 
 # ---- Figures ----
-def p_first(masses) -> float | None:
+def p_first(verdict_probs) -> float | None:
     """The probability of A, the answer that is shown first, against B."""
-    if masses is None:
+    if verdict_probs is None:
         return None
-    return masses["A"] / (masses["A"] + masses["B"])
+    return verdict_probs["A"] / (verdict_probs["A"] + verdict_probs["B"])
 
 
-def expected_grade(masses) -> float | None:
+def expected_grade(verdict_probs) -> float | None:
     """The sum of each digit times its probability among the digits."""
-    if masses is None:
+    if verdict_probs is None:
         return None
-    return sum(int(digit) * mass for digit, mass in masses.items()) / sum(masses.values())
+    return sum(int(digit) * p for digit, p in verdict_probs.items()) / sum(verdict_probs.values())
 
 
 def verdict_of_orders(p_first_ab, p_first_ba) -> float | None:
@@ -512,8 +539,9 @@ def table_of(args, rows) -> tuple[str, list]:
     values = []
     masses = []
     for row in rows:
-        values.append({names: read(answer) for names, answer in row["verdict_probs"].items()})
-        masses += [sum(answer.values()) for answer in row["verdict_probs"].values() if answer is not None]
+        values.append({names: read(verdict_probs) for names, verdict_probs in row["verdict_probs"].items()})
+        for verdict_probs in row["verdict_probs"].values():
+            masses.append(0.0 if verdict_probs is None else sum(verdict_probs.values()))
 
     lines = []
     verdicts = {}
@@ -584,7 +612,10 @@ def grade(prompts, completions, **columns) -> list[float]:
         questions.append(grade_question(text_of(prompt), text_of(completion), reference))
     with ThreadPoolExecutor(workers) as pool:
         answers = list(pool.map(lambda question: judge(question, LABELS["grade"]), questions))
-    return [expected_grade(masses) or 0.0 for masses, _ in answers]
+    grades = [expected_grade(verdict_probs) for verdict_probs, _ in answers]
+    if set(grades) == {None}:
+        print(f"JUDGE_MODEL: no verdict on any of {len(grades)} answers: each has grade 0", file=sys.stderr)
+    return [0.0 if value is None else value for value in grades]
 
 
 def main(args: Args) -> None:

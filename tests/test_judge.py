@@ -48,7 +48,7 @@ def rows_of(path):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """script(function): a judge whose masses are function(question); returns the list of what it was asked."""
+    """script(function): a judge whose probabilities are function(question); returns the list of what it was asked."""
 
     def script(function):
         asked = []
@@ -90,8 +90,8 @@ def test_without_a_verdict_there_is_none():
 
 def test_grades_golden():
     assert judge.p_first({"A": 0.3, "B": 0.1}) == pytest.approx(0.75)
-    masses = dict(zip("012345", [0.05, 0, 0, 0.1, 0.15, 0.2]))  # twice as much: 0.1, 0, 0, 0.2, 0.3, 0.4
-    assert judge.expected_grade(masses) == pytest.approx(0.6 + 1.2 + 2.0)
+    probs = dict(zip("012345", [0.05, 0, 0, 0.1, 0.15, 0.2]))  # twice as much: 0.1, 0, 0, 0.2, 0.3, 0.4
+    assert judge.expected_grade(probs) == pytest.approx(0.6 + 1.2 + 2.0)
     assert [judge.verdict_of_larger(3.2, y) for y in (3.1, 3.2, 3.3)] == [1, 0.5, 0]
 
 
@@ -133,27 +133,66 @@ def test_order_bias_golden():
     assert all(map(math.isnan, judge.order_bias([])))
 
 
-def test_repeat_sentences():
-    assert judge.repeat_sentences("It is 3.5 km. Really?\n- one\n\n- two!") == (
-        "It is 3.5 km. It is 3.5 km. Really? Really?\n- one - one\n\n- two! - two!"
-    )
-    assert judge.repeat_sentences("") == ""
+def test_the_repeated_answer_is_the_whole_answer_twice():
+    """So that lists keep their numbers and code its lines."""
+    answer = "1. Boil water, e.g. 1 l.\n2. Run:\n\n    pip install tea"
+    comparison = judge.Comparison("p", "p", answer, "b")
+    asked = judge.questions_of(judge.Args(verbosity=True), comparison)
+    assert list(asked) == ["ab", "ba", "ra", "ar"]
+    assert shown(asked["ra"]) == (f"{answer}\n\n{answer}", answer)
+    asked = judge.questions_of(judge.Args(verbosity=True, mode="grade"), comparison)
+    assert list(asked) == ["a", "b", "r"]
+    assert f"Answer: {answer}\n\n{answer}\n" in asked["r"]
 
 
-@pytest.mark.parametrize(
-    "labels, reply, verdict",
-    [("AB", reply, "B") for reply in ("B", " B.", "**B**", "[[B]]", "Verdict: B", "B\n\nIt is short.", "B: it is")]
-    + [("AB", reply, None) for reply in ("", "A fair answer needs", "I cannot judge.", "Both", "As an AI", "b")]
-    + [("AB", "<think>A or B? A it is: A</think>\nB", "B")]
-    + [("012345", reply, "4") for reply in ("4", "4/5", "4 out of 5", "Grade: 4.", "4 points")]
-    + [("012345", reply, None) for reply in ("10", "4.5", "7", "four", "I give 4")],
-)
-def test_verdicts_in_words(labels, reply, verdict):
-    masses = judge.probs_of_text(reply, labels)
-    if verdict is None:
-        assert masses is None
-    else:
-        assert masses == {label: float(label == verdict) for label in labels}
+LETTERS = {
+    "A": ["A", "Answer A", "A is better.", "Both are fine. Verdict: [[A]]", "The better answer is **Answer A**."],
+    "B": ["B", " B.", "**B**", "[[B]]", "Verdict: B", "B\n\nIt is short.", "B: it is", "B, since it is", "**Answer B**"]
+    + ["The better answer is B.", "**Answer B** is the better answer.", "B\n\nA is better in style, though."]
+    + ["<think>A or B? A it is: A</think>\nB", "Answer A: hot. Answer B: cold. The better answer is B."],
+    None: [
+        "",
+        "A fair answer needs",
+        "I cannot judge.",
+        "Both",
+        "Neither A nor B",
+        "As an AI",
+        "b",
+        "A is worse.",
+        "A/B",
+    ]
+    + ["A and B are equal", "Answer A: It is hot.", "The better answer is A or B", "<think>The better answer is B, or"],
+}
+DIGITS = {
+    "0": ["0", "Reason: 3 of the facts are wrong. Grade: 0"],
+    "1": ["1", "1.", "1/5"],
+    "3": ["**Grade:** 3/5", "Accuracy score: 2. Overall score: 3"],
+    "4": [
+        "4",
+        "4/5",
+        "4 out of 5",
+        "Grade: 4.",
+        "4 points",
+        "4 (complete)",
+        "4. The answer is true.",
+        "The grade is 4.",
+    ]
+    + ["Score (0-5): 4", "Grade (0 to 5): 4", "I would give it a 4.", "I'd rate this answer 4/5.", "I give 4"],
+    "5": ["1. **Accuracy**: all is right. Grade: 5", "Score: 5\n\nIt is true."],
+    None: ["10", "4.5", "7", "four", "4/10", "3-4", "Grade: 4.5", "Grade: 10", "Score: 4 out of 10", "Grade: 0 to 5"]
+    + ["1. **Accuracy**: good", "3 of the facts are wrong.", "<think>Grade: 3?"],
+}
+
+
+@pytest.mark.parametrize("labels, cases", [("AB", LETTERS), ("012345", DIGITS)])
+def test_verdicts_in_words(labels, cases):
+    found = {}
+    for verdict, replies in cases.items():
+        for reply in replies:
+            probs = judge.probs_of_text(reply, labels)
+            found[reply] = probs and max(probs, key=probs.get)
+            assert probs is None or sorted(probs.values())[-2:] == [0, 1]
+            assert found[reply] == verdict, reply
 
 
 def logprobs_of(probabilities):
@@ -201,19 +240,18 @@ def test_a_scripted_judge_of_pairs(scripted, write_jsonl, tmp_path, capsys):
     assert figures["agreement"] == 0.5
     assert figures["consistency"] == pytest.approx(2 / 3, abs=1e-3)
     assert figures["always the first"] == 1
-    assert figures["first position"] == pytest.approx(4 / 6, abs=1e-3)  # p1 ab, p2 both, p3 ba
-    assert figures["verdict mass"] == 0.5
+    assert figures["verdict mass"] == pytest.approx(7 / 8 * 0.5, abs=1e-3)  # 0 for the question without a verdict
     decided = rows_of(tmp_path / "pairs.jsonl")
     assert decided == [PAIRS[0], {"prompt": "p3", "chosen": "bad three", "rejected": "good three"}]
     assert len(asked) == 8
 
-    # With --verbosity only the new questions are asked; p1 alone has two sentences.
+    # With --verbosity only the new questions are asked, and again the one without a verdict.
     run_judge(*flags, "--verbosity")
-    assert len(asked) == 16 and len(set(asked)) == 16
+    assert len(asked) == 8 + 9 and len(set(asked)) == 16
     figures_now = table(capsys.readouterr().out)
-    assert figures_now["repeated over a"][3:] == (1, 0, 3, 0)
+    assert figures_now["repeated over a"][3:] == (1, 0, 3, 0)  # p1
     assert figures_now["a over b"] == figures["a over b"]
-    assert "good one. good one. It helps. It helps." in {shown(question)[0] for question in asked[8:]}
+    assert "good one. It helps.\n\ngood one. It helps." in {shown(question)[0] for question in asked[8:]}
 
 
 @pytest.mark.parametrize("mode", ["grade", "reference"])
@@ -238,7 +276,7 @@ def test_a_scripted_judge_of_single_answers(mode, scripted, write_jsonl, tmp_pat
     assert figures["repeated over a"] == pytest.approx(
         (0.75, *judge.wilson_win_rate(2, 0, 2)[1:], 2, 0, 2, 0), abs=1e-3
     )
-    assert figures["verdict mass"] == pytest.approx(0.4)
+    assert figures["verdict mass"] == pytest.approx(11 / 12 * 0.4, abs=1e-3)
     assert len(asked) == 12
 
 
@@ -401,7 +439,7 @@ def test_a_verdict_in_words_where_log_probabilities_are_refused(serve, write_jso
     run_judge("--dataset", write_jsonl(PAIRS), "--out", out, "--pairs-out", pairs, *flags, "--concurrency", 3)
     figures = table(capsys.readouterr().out)
     assert figures["a over b"][3:] == (4, 0, 0, 0) and figures["agreement"] == figures["verdict mass"] == 1
-    assert len(bodies) == 16
+    assert len(bodies) <= 8 + 3  # what refuses log-probabilities once is not asked for them again
     assert sorted(row["prompt"] for row in rows_of(pairs)) == ["p1", "p2", "p3", "p4"]
     assert rows_of(out)[0]["replies"].keys() == {"ab", "ba"}
 
@@ -475,38 +513,71 @@ def test_no_server_at_all(serve, write_jsonl, tmp_path):
         run_judge("--dataset", write_jsonl(PAIRS), "--out", tmp_path / "out.jsonl", *flags)
 
 
-def test_a_refusal_is_no_verdict_and_no_crash(serve, write_jsonl, tmp_path, capsys):
-    """It is asked twice, as --max-retries 1 says, and never again. An empty reply is one, too."""
+def test_a_reply_without_a_verdict_is_asked_for_again_in_the_next_run_alone(serve, write_jsonl, tmp_path, capsys):
+    """For example with a larger --max-tokens. At temperature 0 the same run would get the same reply."""
 
     def reply(n, body):
         text = body["messages"][0]["content"]
-        if "p1" in text:
+        if "p1" in text and body["max_tokens"] == 16:
             return 200, completion("I cannot judge that.")
         return 200, completion(None) if "p2" in text else prefers_good(body)
 
     flags, bodies = serve(reply)
     flags = ["--dataset", write_jsonl(PAIRS), "--out", tmp_path / "out.jsonl", *flags]
     run_judge(*flags)
-    assert table(capsys.readouterr().out)["a over b"][3:] == (2, 0, 0, 2)
-    assert len(bodies) == 4 * 2 + 4
-    run_judge(*flags)
-    assert len(bodies) == 4 * 2 + 4
+    figures = table(capsys.readouterr().out)
+    assert figures["a over b"][3:] == (2, 0, 0, 2) and figures["verdict mass"] == 0.5
+    assert len(bodies) == 8
+    run_judge(*flags, "--max-tokens", 50)
+    assert table(capsys.readouterr().out)["a over b"][3:] == (3, 0, 0, 1)
+    assert len(bodies) == 8 + 4
+
+
+@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize("gives_logprobs", [True, False])
+def test_a_question_that_is_refused_has_no_verdict(status, gives_logprobs, serve, write_jsonl, tmp_path, capsys):
+    """A content filter, or a context that is too long. What comes next is asked as before."""
+
+    def reply(n, body):
+        if "p1" in body["messages"][0]["content"]:
+            return status, json.dumps({"error": {"message": "filtered\nhere"}})
+        if "logprobs" in body and not gives_logprobs:
+            return status, json.dumps({"error": {"message": "no logprobs"}})
+        return 200, prefers_good(body)
+
+    flags, bodies = serve(reply)
+    out = tmp_path / "out.jsonl"
+    run_judge("--dataset", write_jsonl(PAIRS + PAIRS[:1]), "--out", out, *flags)
+    printed = capsys.readouterr()
+    figures = table(printed.out)
+    assert figures["a over b"][3:] == (3, 0, 0, 2) and figures["verdict mass"] == 0.6
+    assert printed.err.count("no verdict, BadRequest" if status == 400 else "no verdict, Unprocessable") == 2
+    assert "filtered here" in rows_of(out)[0]["replies"]["ab"]
+    # p1 is the first: both questions are asked in both ways. Then the way is known.
+    assert len(bodies) == 4 + 6 + (0 if gives_logprobs else 1)
+    before = len(bodies)
+    run_judge("--dataset", write_jsonl(PAIRS[1:] + PAIRS[:1]), "--out", tmp_path / "other.jsonl", *flags)
+    assert len(bodies) == before + 8 + (0 if gives_logprobs else 1)
 
 
 def test_a_row_that_was_cut_off_is_judged_again(scripted, write_jsonl, tmp_path):
+    """Inside a character of two bytes, too."""
     asked = scripted(lambda question: {"A": 0.4, "B": 0.2})
     out = tmp_path / "out.jsonl"
-    run_judge("--dataset", write_jsonl(PAIRS), "--out", out)
-    out.write_text(out.read_text()[:-30])
-    run_judge("--dataset", write_jsonl(PAIRS), "--out", out)
-    run_judge("--dataset", write_jsonl(PAIRS), "--out", out)
-    assert len(asked) == 8 + 2
+    pairs = write_jsonl([*PAIRS[:3], {"prompt": "p4", "chosen": "éé", "rejected": "bad four"}])
+    run_judge("--dataset", pairs, "--out", out)
+    for end in (out.read_bytes().rindex("é".encode()) + 1, len(out.read_bytes()) - 30):
+        out.write_bytes(out.read_bytes()[:end])
+        before = len(asked)
+        run_judge("--dataset", pairs, "--out", out)
+        run_judge("--dataset", pairs, "--out", out)
+        assert len(asked) == before + 2
 
 
 # ---- the reward
 
 
-def test_as_a_reward_of_rloo(tiny, monkeypatch):
+def test_as_a_reward_of_rloo(tiny, monkeypatch, capsys):
     """Strings and messages, by rloo.py's own way to load a function. The judge is loaded once."""
     monkeypatch.setenv("JUDGE_MODEL", tiny)
     scorer = rloo.load_scorer("--reward", f"{judge.__file__}:grade", None)
@@ -520,12 +591,13 @@ def test_as_a_reward_of_rloo(tiny, monkeypatch):
         expected = []
         for answer in ("one", "1"):
             question = judge.grade_question("say 1", answer, None)
-            masses = dict(zip("012345", by_hand(model, tokenizer, question, "012345")))
-            expected.append(judge.expected_grade(masses))
+            probs = dict(zip("012345", by_hand(model, tokenizer, question, "012345")))
+            expected.append(judge.expected_grade(probs))
         assert scores == pytest.approx(expected, rel=1e-3) and scores[0] != scores[1]
     assert judge.judge_of_environment.cache_info().misses == 1
     with_reference = judge.grade(["say 1"], ["one"], reference=["1"])
     assert with_reference != pytest.approx(scores[:1], rel=1e-6)
     monkeypatch.setattr(judge, "MIN_VERDICT_PROB", 1.0)
-    assert judge.grade(["say 1"], ["one"]) == [0.0]
+    assert judge.grade(["say 1"] * 2, ["one", "1"]) == [0.0, 0.0]
+    assert "JUDGE_MODEL: no verdict on any of 2 answers" in capsys.readouterr().err
     judge.judge_of_environment.cache_clear()
