@@ -10,7 +10,7 @@
 """A language model as a judge: it compares two answers or grades each, and its own biases are measured.
 
 pairwise:  asked in both orders which answer is better. p = P("A") / (P("A") + P("B")), by its next token.
-           a wins if p > 1/2 where it is shown first and p < 1/2 where b is; b likewise. All else is a tie.
+           An answer wins if both orders prefer it, each with p on its side of 1/2. Otherwise it is a tie.
 grade:     asked for a digit from 0 to 5. The grade is the sum of each digit times its probability.
 reference: the same, beside a correct answer.
 win rate = (wins + ties / 2) / pairs, with Wilson's interval of 95 %.
@@ -98,10 +98,11 @@ class Comparison(NamedTuple):
 
 def read_comparisons(args) -> list[Comparison]:
     """The pairs of --dataset, or of two files of answers to the same prompts."""
-    if args.dataset is not None:
+    has_pairs = args.dataset is not None
+    if (args.answers_a is None) != has_pairs or (args.answers_b is None) != has_pairs:
+        sys.exit("--dataset: give one with chosen and rejected answers, or else --answers-a and --answers-b")
+    if has_pairs:
         records = read_dataset(args.dataset, args.dataset_split)
-    elif args.answers_a is None or args.answers_b is None:
-        sys.exit("--dataset: give one with chosen and rejected answers, or --answers-a and --answers-b")
     else:
         answer_of = {}
         for row in read_dataset(args.answers_b, args.dataset_split):
@@ -113,18 +114,32 @@ def read_comparisons(args) -> list[Comparison]:
                 records.append({**row, "chosen": row["answer"], "rejected": answer_of[request]})
 
     comparisons = []
+    n_complete = 0
     for record in records:
-        prompt = record[args.prompt_column]
-        texts = [text_of(part) for part in (prompt, record["chosen"], record["rejected"])]
-        reference = None
+        prompt, a = split_answer(record.get(args.prompt_column), record["chosen"])
+        prompt_of_b, b = split_answer(record.get(args.prompt_column), record["rejected"])
+        parts = [prompt, a, b]
         if args.mode == "reference":
-            reference = text_of(record[args.reference_column])
-        if sum(map(len, texts)) <= args.max_characters:
-            comparisons.append(Comparison(prompt, *texts, reference))
-    print(f"{len(records)} pairs, {len(comparisons)} of at most {args.max_characters} characters")
+            parts.append(record[args.reference_column])
+        if None in parts or prompt != prompt_of_b:
+            continue
+        n_complete += 1
+        texts = [text_of(part) for part in parts]
+        if sum(map(len, texts[:3])) <= args.max_characters:
+            comparisons.append(Comparison(prompt, *texts))
+    print(f"{len(records)} pairs: {n_complete} are whole, {len(comparisons)} of these short enough")
     if len(comparisons) == 0:
-        sys.exit("--max-characters, --answers-a, --answers-b: no pair is left to judge")
+        sys.exit("--prompt-column, --max-characters, --answers-a, --answers-b: no pair is left to judge")
     return comparisons[: args.limit]
+
+
+def split_answer(prompt, answer) -> tuple:
+    """(prompt, answer as a text). Of several messages the last is the answer, and the others are the prompt."""
+    if answer is None or isinstance(answer, str):
+        return prompt, answer
+    if len(answer) > 1:
+        prompt = answer[:-1]
+    return prompt, answer[-1]["content"]
 
 
 def text_of(value) -> str:
@@ -490,8 +505,8 @@ def verdict_of_larger(x, y) -> float | None:
 def wilson_win_rate(wins, losses, ties) -> tuple[float, float, float]:
     """(rate with ties as halves, lower and upper end of Wilson's 95 % interval) over independent pairs.
 
-    The variance of a verdict in 0, 1/2, 1 with mean p is at most p (1 - p), that of a coin. So with ties the
-    interval is wider than it need be, never too narrow for them.
+    It is made for coins, whose variance is p (1 - p). Ties make the variance smaller: then the interval is wider
+    than needed, and never too narrow.
     """
     n = wins + losses + ties
     if n == 0:
@@ -503,16 +518,16 @@ def wilson_win_rate(wins, losses, ties) -> tuple[float, float, float]:
     return rate, middle - half, middle + half
 
 
-def order_bias(orders) -> tuple[float, float, float]:
-    """Of pairs (p_first_ab, p_first_ba) three shares.
+def order_bias(orders) -> tuple[float, float]:
+    """(consistency, always the first) of pairs (p_first_ab, p_first_ba).
 
-    Consistency: pairs whose orders agree. Of the others: the first answer in both orders. First picks of all.
+    Consistency: the share of pairs whose orders agree. Always the first: of the other pairs, the share where both
+    orders prefer the answer that is shown first.
     """
     n = len(orders)
     consistent = sum(verdict_of_orders(ab, ba) != 0.5 for ab, ba in orders)
     always_first = sum(ab > 0.5 and ba > 0.5 for ab, ba in orders)
-    first_picks = sum((ab > 0.5) + (ba > 0.5) for ab, ba in orders)
-    return share(consistent, n), share(always_first, n - consistent), share(first_picks, 2 * n)
+    return share(consistent, n), share(always_first, n - consistent)
 
 
 def share(part, whole) -> float:
@@ -520,21 +535,16 @@ def share(part, whole) -> float:
     return part / whole if whole > 0 else math.nan
 
 
-def figure_line(name, value, meaning) -> str:
-    """A line of the table: a number and what it is."""
-    return f"{name:20}{value:7.3f}   {meaning}"
-
-
-def verdict_line(name, verdicts) -> str:
-    """A line of the table: a win rate, its interval and the counts."""
+def win_rate_figure(name, verdicts) -> tuple[str, float, str]:
+    """A line of the table: its name, a win rate, and the interval with the counts."""
     wins, losses, ties, none = (verdicts.count(verdict) for verdict in (1.0, 0.0, 0.5, None))
     rate, low, high = wilson_win_rate(wins, losses, ties)
     counts = f"{wins} won, {losses} lost, {ties} ties, {none} without a verdict"
-    return figure_line(name, rate, f"95 % interval {low:.3f} to {high:.3f}; {counts}")
+    return name, rate, f"95 % interval {low:.3f} to {high:.3f}; {counts}"
 
 
-def table_of(args, rows) -> tuple[str, list]:
-    """(what is printed, the verdict on each pair)"""
+def table_of(args, rows, n_equal) -> tuple[str, list]:
+    """(what is printed, the verdict on each row). n_equal: pairs of equal answers, which are ties without a row."""
     read = p_first if args.mode == "pairwise" else expected_grade
     values = []
     masses = []
@@ -543,39 +553,38 @@ def table_of(args, rows) -> tuple[str, list]:
         for verdict_probs in row["verdict_probs"].values():
             masses.append(0.0 if verdict_probs is None else sum(verdict_probs.values()))
 
-    lines = []
+    figures = []  # (name, value, meaning)
     verdicts = {}
     for name, x, y in (("a over b", "a", "b"), ("repeated over a", "r", "a")):
         if x == "r" and not args.verbosity:
             continue
+        ties = [0.5] * n_equal if x == "a" else []
         if args.mode == "pairwise":
             orders = [(value[x + y], value[y + x]) for value in values]
             verdicts[x] = [verdict_of_orders(*order) for order in orders]
             # Where x has the larger probability as a mean of both orders: its place has no part in it.
             averaged = [verdict_of_larger(*order) for order in orders]
-            lines += [verdict_line(name, verdicts[x]), verdict_line("  orders averaged", averaged)]
+            figures.append(win_rate_figure(name, verdicts[x] + ties))
+            figures.append(win_rate_figure("  orders averaged", averaged + ties))
         else:
             verdicts[x] = [verdict_of_larger(value[x], value[y]) for value in values]
-            lines.append(verdict_line(name, verdicts[x]))
+            figures.append(win_rate_figure(name, verdicts[x] + ties))
 
     if args.dataset is not None:
         wins = verdicts["a"].count(1.0)
         decided = wins + verdicts["a"].count(0.0)
-        lines.append(figure_line("agreement", share(wins, decided), f"chosen won {wins} of {decided} decided"))
+        figures.append(("agreement", share(wins, decided), f"chosen won {wins} of {decided} decided"))
     if args.mode == "pairwise":
-        orders = []
-        for row, value, verdict in zip(rows, values, verdicts["a"]):
-            if verdict is not None and row["a"] != row["b"]:
-                orders.append((value["ab"], value["ba"]))
-        consistency, always_first, first_picks = order_bias(orders)
-        lines.append(figure_line("consistency", consistency, "of pairs: both orders agree"))
-        lines.append(figure_line("always the first", always_first, "of the others: the first in both orders"))
-        lines.append(figure_line("first position", first_picks, "of verdicts: the answer shown first"))
+        orders = [(value["ab"], value["ba"]) for value in values]
+        consistency, always_first = order_bias([order for order in orders if None not in order])
+        figures.append(("consistency", consistency, "of pairs: both orders agree"))
+        figures.append(("always the first", always_first, "of the others: the first in both orders"))
     else:
         for name in "ab":
             grades = [value[name] for value in values if value[name] is not None]
-            lines.append(figure_line(f"mean grade of {name}", share(sum(grades), len(grades)), "from 0 to 5"))
-    lines.append(figure_line("verdict mass", share(sum(masses), len(masses)), "mean probability of any verdict"))
+            figures.append((f"mean grade of {name}", share(sum(grades), len(grades)), "from 0 to 5"))
+    figures.append(("verdict mass", share(sum(masses), len(masses)), "mean probability of any verdict"))
+    lines = [f"{name:20}{value:7.3f}   {meaning}" for name, value, meaning in figures]
     return "\n".join(lines), verdicts["a"]
 
 
@@ -619,8 +628,11 @@ def grade(prompts, completions, **columns) -> list[float]:
 
 
 def main(args: Args) -> None:
-    rows = judge_all(args, read_comparisons(args))
-    table, verdicts = table_of(args, rows)
+    comparisons = read_comparisons(args)
+    # Equal answers are a tie: nobody is asked.
+    different = [comparison for comparison in comparisons if comparison.a != comparison.b]
+    rows = judge_all(args, different)
+    table, verdicts = table_of(args, rows, len(comparisons) - len(different))
     print(table)
     if args.pairs_out is not None:
         write_pairs(args.pairs_out, rows, verdicts)

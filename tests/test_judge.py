@@ -125,10 +125,10 @@ def test_the_interval_holds_the_rate_in_95_of_100_samples(probabilities):
 
 
 def test_order_bias_golden():
-    """Two agree, two prefer the first, one the second, one has p = 1/2: 2/6, 2/4, and of 12 verdicts 6 are the first."""
+    """Two agree, two prefer the first, one the second, one has p = 1/2: 2/6 and 2/4."""
     orders = [(0.9, 0.2), (0.1, 0.8), (0.9, 0.6), (0.7, 0.7), (0.2, 0.3), (0.5, 0.1)]
-    assert judge.order_bias(orders) == pytest.approx((2 / 6, 2 / 4, 6 / 12))
-    assert judge.order_bias([(0.9, 0.2), (0.9, 0.7), (0.3, 0.6), (0.2, 0.3)]) == (2 / 4, 1 / 2, 4 / 8)  # docs/judge.md
+    assert judge.order_bias(orders) == pytest.approx((2 / 6, 2 / 4))
+    assert judge.order_bias([(0.9, 0.2), (0.9, 0.7), (0.3, 0.6), (0.2, 0.3)]) == (2 / 4, 1 / 2)  # docs/judge.md
     assert judge.wilson_win_rate(1, 1, 2) == pytest.approx((0.5, 0.15, 0.85), abs=1e-3)
     assert all(map(math.isnan, judge.order_bias([])))
 
@@ -301,8 +301,61 @@ def test_two_files_are_matched_by_prompt(write_jsonl, tmp_path, scripted, capsys
 def test_bad_input(write_jsonl, tmp_path):
     with pytest.raises(SystemExit, match="--dataset: give one"):
         run_judge("--answers-a", "a.jsonl")
+    with pytest.raises(SystemExit, match="--dataset: give one"):
+        run_judge("--dataset", write_jsonl(PAIRS), "--answers-a", "a.jsonl", "--answers-b", "b.jsonl")
     with pytest.raises(SystemExit, match="--max-characters"):
         run_judge("--dataset", write_jsonl(PAIRS), "--max-characters", 5)
+    with pytest.raises(SystemExit, match="--out .*pairs.jsonl: it holds other rows"):
+        run_judge("--dataset", write_jsonl(PAIRS, "pairs.jsonl"), "--out", write_jsonl(PAIRS, "pairs.jsonl"))
+
+
+def says(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("with_prompt", [True, False])
+def test_answers_that_repeat_the_messages_of_the_prompt(with_prompt, scripted, write_jsonl, tmp_path):
+    """UltraFeedback has the prompt as a column, too. The last message is the answer."""
+    asked = scripted(lambda question: {"A": 0.5 + 0.4 * (shown(question)[0] == "4"), "B": 0.6})
+    ask = [says("user", "2 + 2?")]
+    row = {"chosen": ask + [says("assistant", "4")], "rejected": ask + [says("assistant", "5")]}
+    if with_prompt:
+        row["prompt"] = "2 + 2?"
+    other = {**row, "rejected": [says("user", "2 + 3?"), says("assistant", "5")]}  # an answer to something else
+    pairs = tmp_path / "pairs.jsonl"
+    run_judge("--dataset", write_jsonl([row, other]), "--out", tmp_path / "out.jsonl", "--pairs-out", pairs)
+    assert "Request: 2 + 2?\n" in asked[0] and shown(asked[0]) == ("4", "5") and len(asked) == 2
+    assert rows_of(pairs) == [{"prompt": ask, "chosen": "4", "rejected": "5"}]
+
+
+def test_rows_with_something_missing_are_left_out_and_counted(scripted, write_jsonl, tmp_path, capsys):
+    asked = scripted(lambda question: dict.fromkeys("AB" if "Answer A" in question else "012345", 0.1))
+    rows = [{**pair, "reference": "r"} for pair in PAIRS]
+    rows[0]["chosen"] = rows[1]["rejected"] = rows[2]["reference"] = None
+    run_judge("--dataset", write_jsonl(rows), "--out", tmp_path / "o1")
+    assert "4 pairs: 2 are whole, 2 of these short enough" in capsys.readouterr().out
+    assert len(asked) == 4
+    run_judge("--dataset", write_jsonl(rows), "--out", tmp_path / "o2", "--mode", "reference")
+    assert "4 pairs: 1 are whole" in capsys.readouterr().out
+    answers = [{"prompt": "p", "answer": None}, {"prompt": "q", "answer": "x"}]
+    a, b = write_jsonl(answers, "a.jsonl"), write_jsonl([{"prompt": "p", "answer": "y"}, answers[1]], "b.jsonl")
+    run_judge("--answers-a", a, "--answers-b", b, "--out", tmp_path / "o3")
+    assert "2 pairs: 1 are whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "grade"])
+def test_equal_answers_are_ties_and_nobody_is_asked(mode, scripted, write_jsonl, tmp_path, capsys):
+    """Nor is a pair that stands twice asked about twice."""
+    asked = scripted(lambda question: dict.fromkeys("AB" if mode == "pairwise" else "012345", 0.1))
+    equal = {"prompt": "p5", "chosen": "same", "rejected": "same"}
+    flags = ["--dataset", write_jsonl([equal, PAIRS[0], PAIRS[0]]), "--out", tmp_path / "out.jsonl", "--mode", mode]
+    run_judge(*flags, "--verbosity", "--pairs-out", tmp_path / "pairs.jsonl")
+    out = capsys.readouterr().out
+    assert "1 pairs to judge" in out
+    assert table(out)["a over b"][3:] == (0, 0, 3, 0) and table(out)["repeated over a"][3:] == (0, 0, 2, 0)
+    assert len(asked) == (4 if mode == "pairwise" else 3) and not any("p5" in question for question in asked)
+    run_judge(*flags)
+    assert "0 pairs to judge" in capsys.readouterr().out
 
 
 # ---- a local judge
