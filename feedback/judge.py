@@ -10,7 +10,7 @@
 """A language model as a judge: it compares two answers or grades each, and its own biases are measured.
 
 pairwise:  asked in both orders which answer is better. p = P("A") / (P("A") + P("B")), by its next token.
-           a wins if p > 1/2 where it is shown first and p < 1/2 where b is; b likewise. All else is a tie.
+           An answer wins if both orders prefer it, each with p on its side of 1/2. Otherwise it is a tie.
 grade:     asked for a digit from 0 to 5. The grade is the sum of each digit times its probability.
 reference: the same, beside a correct answer.
 win rate = (wins + ties / 2) / pairs, with Wilson's interval of 95 %.
@@ -26,7 +26,6 @@ Small models are poor judges: docs/judge.md has numbers.
 Left out on purpose: reasons before the verdict, several judges, a third verdict "tie", several processes.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -63,11 +62,11 @@ class Args:
     reference_column: str = "reference"  # correct answers, for --mode reference
     limit: int | None = None  # judge the first so many pairs
     max_characters: int = 8000  # a pair whose prompt and answers are longer together is dropped
-    verbosity: bool = False  # also judge each answer a beside itself with every sentence said twice
+    verbosity: bool = False  # also judge each answer a beside a copy that says everything twice
     out: str = "judged.jsonl"  # what the judge said, a JSON line per pair; it is not asked again
     pairs_out: str | None = None  # the decided pairs (prompt, chosen, rejected), for dpo.py
     concurrency: int = 8  # questions that a server gets at a time
-    max_retries: int = 3  # tries again where a server fails or gives no verdict
+    max_retries: int = 3  # further tries where a server fails or sends wrong JSON
     timeout: float = 60.0  # seconds that a server has for an answer
     max_tokens: int = 16  # longest reply of a server; more for a model that thinks first
     precision: Literal["fp32", "bf16"] = "fp32"  # of a local model's weights; bf16: half the memory
@@ -94,15 +93,16 @@ class Comparison(NamedTuple):
     request: str  # the same as a text
     a: str
     b: str
-    reference: str | None  # a correct answer
+    reference: str | None = None  # a correct answer
 
 
 def read_comparisons(args) -> list[Comparison]:
     """The pairs of --dataset, or of two files of answers to the same prompts."""
-    if args.dataset is not None:
+    has_pairs = args.dataset is not None
+    if (args.answers_a is None) != has_pairs or (args.answers_b is None) != has_pairs:
+        sys.exit("--dataset: give one with chosen and rejected answers, or else --answers-a and --answers-b")
+    if has_pairs:
         records = read_dataset(args.dataset, args.dataset_split)
-    elif args.answers_a is None or args.answers_b is None:
-        sys.exit("--dataset: give one with chosen and rejected answers, or --answers-a and --answers-b")
     else:
         answer_of = {}
         for row in read_dataset(args.answers_b, args.dataset_split):
@@ -114,18 +114,32 @@ def read_comparisons(args) -> list[Comparison]:
                 records.append({**row, "chosen": row["answer"], "rejected": answer_of[request]})
 
     comparisons = []
+    n_complete = 0
     for record in records:
-        prompt = record[args.prompt_column]
-        texts = [text_of(part) for part in (prompt, record["chosen"], record["rejected"])]
-        reference = None
+        prompt, a = split_answer(record.get(args.prompt_column), record["chosen"])
+        prompt_of_b, b = split_answer(record.get(args.prompt_column), record["rejected"])
+        parts = [prompt, a, b]
         if args.mode == "reference":
-            reference = text_of(record[args.reference_column])
-        if sum(map(len, texts)) <= args.max_characters:
-            comparisons.append(Comparison(prompt, *texts, reference))
-    print(f"{len(records)} pairs, {len(comparisons)} of at most {args.max_characters} characters")
+            parts.append(record[args.reference_column])
+        if None in parts or prompt != prompt_of_b:
+            continue
+        n_complete += 1
+        texts = [text_of(part) for part in parts]
+        if sum(map(len, texts[:3])) <= args.max_characters:
+            comparisons.append(Comparison(prompt, *texts))
+    print(f"{len(records)} pairs: {n_complete} are whole, {len(comparisons)} of these short enough")
     if len(comparisons) == 0:
-        sys.exit("--max-characters, --answers-a, --answers-b: no pair is left to judge")
+        sys.exit("--prompt-column, --max-characters, --answers-a, --answers-b: no pair is left to judge")
     return comparisons[: args.limit]
+
+
+def split_answer(prompt, answer) -> tuple:
+    """(prompt, answer as a text). Of several messages the last is the answer, and the others are the prompt."""
+    if answer is None or isinstance(answer, str):
+        return prompt, answer
+    if len(answer) > 1:
+        prompt = answer[:-1]
+    return prompt, answer[-1]["content"]
 
 
 def text_of(value) -> str:
@@ -191,8 +205,20 @@ How good is the answer? Reply with one digit, from 0 to 5. The grade:
 """
 REFERENCE = "\nA correct answer, to compare with: {reference}\n"
 LABELS = {"pairwise": "AB", "grade": "012345", "reference": "012345"}
-# How a reply with a verdict begins: "B", "**B**", "[[B]]", "Verdict: B", "4/5". Not: "A fair one", "4.5".
-REPLIES = {"AB": r"\W*(?:[\w ]+:\W*)?([AB])(?! *\w)", "012345": r"\W*(?:[\w ]+:\W*)?([0-5])(?!\w|\.\d)"}
+# Verdicts in words, without markdown. A label counts if no word follows: not in "A fair one", "3 facts", "4.5".
+LETTER = r"([AB])(?! *[\w/])"
+DIGIT = r"([0-5])(?: ?/ ?5| out of 5| points?)?(?! *[\w/]|[.-]\d)"
+LETTER_PATTERNS = (
+    rf"\b(?i:verdict|better answer|winner)(?: is)?\W+(?i:answer )?{LETTER}",  # Verdict: B. The better answer is B
+    r"\A\W*(?i:answer )?([AB]) is (?:the )?better\b",  # A is better
+    rf"\A\W*(?!(?i:answer) .:)(?i:answer )?{LETTER}",  # B. Answer B. But "Answer A: ..." repeats it
+)
+DIGIT_PATTERNS = (
+    rf"\b(?i:grade|score|rating)(?: \(.*?\))?(?: is| of)?\W+{DIGIT}",  # Grade: 4. Score (0-5): 4. A score of 4/5
+    rf"\b(?:give|rate)(?: \w+){{0,3}} {DIGIT}",  # I would give it a 4
+    rf"\A\W*(?!1[.)] ){DIGIT}",  # 4. Then why. But 1. begins a list
+)
+VERDICT_PATTERNS = {"AB": LETTER_PATTERNS, "012345": DIGIT_PATTERNS}
 
 
 def grade_question(request, answer, reference) -> str:
@@ -203,33 +229,28 @@ def grade_question(request, answer, reference) -> str:
 
 
 def questions_of(args, comparison) -> dict[str, str]:
-    """What is asked about a pair. The key names the answers as they are shown: ab, ba; r is a, repeated."""
-    answers = {"a": comparison.a, "b": comparison.b}
-    shown = {"pairwise": ["ab", "ba"]}.get(args.mode, ["a", "b"])
-    if args.verbosity:
-        answers["r"] = repeat_sentences(comparison.a)
-        shown += {"pairwise": ["ra", "ar"]}.get(args.mode, ["r"])
+    """What is asked about a pair. Keys: ab = a shown first, then b; r = a, with everything said twice."""
+    answers = {"a": comparison.a, "b": comparison.b, "r": f"{comparison.a}\n\n{comparison.a}"}
+    if args.mode == "pairwise":
+        keys = ["ab", "ba", "ra", "ar"]
+    else:
+        keys = ["a", "b", "r"]
+    if not args.verbosity:
+        keys = keys[:2]
     questions = {}
-    for names in shown:
-        first = answers[names[0]]
+    for key in keys:
+        shown = [answers[name] for name in key]
         if args.mode == "pairwise":
-            second = answers[names[1]]
-            questions[names] = PAIRWISE.format(request=comparison.request, first=first, second=second)
+            questions[key] = PAIRWISE.format(request=comparison.request, first=shown[0], second=shown[1])
         else:
-            questions[names] = grade_question(comparison.request, first, comparison.reference)
+            questions[key] = grade_question(comparison.request, shown[0], comparison.reference)
     return questions
-
-
-def repeat_sentences(text: str) -> str:
-    """Every sentence or line twice: longer, and nothing is added. See 2306.05685, section 3.3."""
-    parts = re.split(r"((?<=[.!?])\s+|\n+)", text)  # sentence, blanks, sentence, ...
-    return "".join(f"{part} {part}" if part.strip() else part for part in parts)
 
 
 # ---- Judges ----
 # A judge is a function (question, labels) -> (a probability for each label, the reply as text).
-# Instead of the probabilities there is None if all labels together have less than LEAST_MASS: no verdict.
-LEAST_MASS = 0.01
+# Instead of the probabilities there is None if all labels together have less than this: no verdict.
+MIN_VERDICT_PROB = 0.01
 
 
 def load_model(name: str, auto_class=AutoModelForCausalLM, **settings):
@@ -279,13 +300,15 @@ def local_judge(args):
         text = prompt_text(tokenizer, question, as_messages(question, is_chat))
         ids = torch.tensor([encode(tokenizer, text, is_chat)], device=device)
         probabilities = model(ids, logits_to_keep=1).logits[0, -1].float().softmax(0)  # (V,)
-        masses = {}
+        verdict_probs = {}
         for label in labels:
-            # With and without a blank before it, a label is two tokens. Both count.
+            # "A" and " A" are different tokens: their probabilities are added.
             forms = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (label, " " + label)]
-            tokens = sorted({ids[-1] for ids in forms})
-            masses[label] = probabilities[tokens].sum().item()
-        return enough(masses), ""
+            tokens = sorted({form[-1] for form in forms})
+            verdict_probs[label] = probabilities[tokens].sum().item()
+        if sum(verdict_probs.values()) < MIN_VERDICT_PROB:
+            return None, ""
+        return verdict_probs, ""
 
     return judge
 
@@ -296,71 +319,84 @@ def server_judge(args):
 
     key = os.environ.get("OPENAI_API_KEY", "none")
     client = openai.OpenAI(base_url=args.base_url, api_key=key, timeout=args.timeout, max_retries=args.max_retries)
-
     refused = (openai.BadRequestError, openai.UnprocessableEntityError)
     wrong_json = (ValueError, TypeError, AttributeError, IndexError)
+    gives_logprobs = None  # not known yet
 
     def complete(question, **options):
         settings = {"model": args.model, "temperature": 0, "max_tokens": args.max_tokens, **options}
         return client.chat.completions.create(messages=as_messages(question, True), **settings).choices[0]
 
     def choice_for(question):
-        try:
-            return complete(question, logprobs=True, top_logprobs=20)
-        except refused:
-            return complete(question)  # a server without log-probabilities
+        nonlocal gives_logprobs
+        if gives_logprobs is not False:
+            try:
+                choice = complete(question, logprobs=True, top_logprobs=20)
+                gives_logprobs = True
+                return choice
+            except refused:
+                if gives_logprobs:
+                    raise
+        # The server refused the log-probabilities, or else this question: then it is refused here, too.
+        choice = complete(question)
+        gives_logprobs = False
+        return choice
 
-    # The client itself tries again where the server is down, slow or busy. Here: wrong JSON, or no verdict.
+    # The client itself tries again where the server is down, slow or busy. Here: where its JSON is wrong.
     def judge(question, labels):
         for _ in range(args.max_retries + 1):
-            problem = None
             try:
                 choice = choice_for(question)
                 reply = choice.message.content or ""
-                masses = masses_of_logprobs(choice.logprobs, labels) or masses_of_text(reply, labels)
-                if masses is not None:
-                    break
+                return probs_of_logprobs(choice.logprobs, labels) or probs_of_text(reply, labels), reply
+            except refused as error:
+                said = one_line(error)
+                print(f"--base-url {args.base_url}: no verdict, {said}", file=sys.stderr)
+                return None, said
             except wrong_json as error:
-                problem = error
+                said = one_line(error)
             except openai.OpenAIError as error:
-                problem = error
+                said = one_line(error)
                 break
-        if problem is None:
-            return masses, reply
-        said = " ".join(f"{type(problem).__name__}: {problem}".split())
         cure = f"is the server up, does it know --model {args.model}, is --timeout {args.timeout} enough?"
-        sys.exit(f"--base-url {args.base_url}: {said:.200}: {cure}")
+        sys.exit(f"--base-url {args.base_url}: {said}: {cure}")
 
     return judge
 
 
-def enough(masses) -> dict | None:
-    """The probabilities of the labels, if the judge would say one of them at all."""
-    if sum(masses.values()) < LEAST_MASS:
-        return None
-    return masses
+def one_line(error) -> str:
+    """What an error says, on one line."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return said[:200]
 
 
-def masses_of_logprobs(logprobs, labels) -> dict | None:
+def probs_of_logprobs(logprobs, labels) -> dict | None:
     """The labels' probabilities among the likeliest first tokens of a reply, with and without a blank."""
     if logprobs is None or not logprobs.content:
         return None
-    masses = dict.fromkeys(labels, 0.0)
+    verdict_probs = dict.fromkeys(labels, 0.0)
     for candidate in logprobs.content[0].top_logprobs:
         label = candidate.token.strip()
-        if label in masses:
-            masses[label] += math.exp(candidate.logprob)
-    return enough(masses)
-
-
-def masses_of_text(reply, labels) -> dict | None:
-    """The verdict that a reply begins with, as certain. Thoughts before it are skipped; a refusal has none."""
-    match = re.match(REPLIES[labels], reply.rpartition("</think>")[2])
-    if match is None:
+        if label in verdict_probs:
+            verdict_probs[label] += math.exp(candidate.logprob)
+    if sum(verdict_probs.values()) < MIN_VERDICT_PROB:
         return None
-    masses = dict.fromkeys(labels, 0.0)
-    masses[match[1]] = 1.0
-    return masses
+    return verdict_probs
+
+
+def probs_of_text(reply, labels) -> dict | None:
+    """The verdict that a reply states, as certain: by the first pattern that is found, where it stands last."""
+    text = reply.rpartition("</think>")[2]
+    if "<think>" in text:  # the thoughts were cut off
+        return None
+    text = re.sub(r"[*_`#\[\]]", "", text)
+    for pattern in VERDICT_PATTERNS[labels]:
+        found = re.findall(pattern, text)
+        if found:
+            verdict_probs = dict.fromkeys(labels, 0.0)
+            verdict_probs[found[-1]] = 1.0
+            return verdict_probs
+    return None
 
 
 def load_judge(args):
@@ -371,41 +407,47 @@ def load_judge(args):
 
 
 def judge_all(args, comparisons) -> list[dict]:
-    """A row for each comparison, with the masses of its questions. --out has the rows of earlier runs."""
+    """A row for each comparison, with the verdict's probabilities. --out has the rows of earlier runs."""
     rows = {}
     path = Path(args.out)
     line = ""
     if path.exists():
-        for line in path.open(encoding="utf8"):
-            with contextlib.suppress(ValueError):  # of a line that was cut off
+        for line in path.open(encoding="utf8", errors="replace"):
+            try:
                 row = json.loads(line)
-                rows[row["key"]] = row  # the last one, if a pair was judged in two goes
+            except ValueError:  # a line that was cut off
+                continue
+            if "verdict_probs" not in row:
+                sys.exit(f"--out {path}: it holds other rows than judged pairs: name another file")
+            rows[row["key"]] = row  # a later line of a pair has what the earlier ones have, and more
 
-    # The key is who is asked, and what: the first two questions hold it all. What a row lacks is asked now.
+    # A pair is known by who is asked and by its first two questions, which have all its texts.
     keys = []
     missing = {}
     for comparison in comparisons:
         questions = questions_of(args, comparison)
         asked = [args.base_url, args.model, *list(questions.values())[:2]]
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
-        new_row = {"key": key, "model": args.model, **comparison._asdict(), "masses": {}, "replies": {}}
+        new_row = {"key": key, "model": args.model, **comparison._asdict(), "verdict_probs": {}, "replies": {}}
         row = rows.setdefault(key, new_row)
         keys.append(key)
-        if not questions.keys() <= row["masses"].keys():
+        if any(row["verdict_probs"].get(names) is None for names in questions):
             missing[key] = (row, questions)
-    print(f"{len(comparisons)} pairs to judge, {len(comparisons) - len(missing)} of them are in {path}")
+    print(f"{len(missing)} pairs to judge that are not in {path} yet")
     judge, workers = None, 1
     if missing:
         judge, workers = load_judge(args)
     lock = threading.Lock()
 
     def complete_row(row, questions):
+        verdict_probs = row["verdict_probs"]
         try:
             for names, question in questions.items():
-                if names not in row["masses"]:
-                    row["masses"][names], row["replies"][names] = judge(question, LABELS[args.mode])
+                if verdict_probs.get(names) is None:
+                    verdict_probs[names], row["replies"][names] = judge(question, LABELS[args.mode])
         finally:
-            if row["masses"]:
+            # What was answered is kept, even where the next question stops the run.
+            if verdict_probs:
                 with lock:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
@@ -426,18 +468,18 @@ def judge_all(args, comparisons) -> list[dict]:
 
 
 # ---- Figures ----
-def p_first(masses) -> float | None:
+def p_first(verdict_probs) -> float | None:
     """The probability of A, the answer that is shown first, against B."""
-    if masses is None:
+    if verdict_probs is None:
         return None
-    return masses["A"] / (masses["A"] + masses["B"])
+    return verdict_probs["A"] / (verdict_probs["A"] + verdict_probs["B"])
 
 
-def expected_grade(masses) -> float | None:
+def expected_grade(verdict_probs) -> float | None:
     """The sum of each digit times its probability among the digits."""
-    if masses is None:
+    if verdict_probs is None:
         return None
-    return sum(int(digit) * mass for digit, mass in masses.items()) / sum(masses.values())
+    return sum(int(digit) * p for digit, p in verdict_probs.items()) / sum(verdict_probs.values())
 
 
 def verdict_of_orders(p_first_ab, p_first_ba) -> float | None:
@@ -463,8 +505,8 @@ def verdict_of_larger(x, y) -> float | None:
 def wilson_win_rate(wins, losses, ties) -> tuple[float, float, float]:
     """(rate with ties as halves, lower and upper end of Wilson's 95 % interval) over independent pairs.
 
-    The variance of a verdict in 0, 1/2, 1 with mean p is at most p (1 - p), that of a coin. So with ties the
-    interval is wider than it need be, never too narrow for them.
+    It is made for coins, whose variance is p (1 - p). Ties make the variance smaller: then the interval is wider
+    than needed, and never too narrow.
     """
     n = wins + losses + ties
     if n == 0:
@@ -476,16 +518,16 @@ def wilson_win_rate(wins, losses, ties) -> tuple[float, float, float]:
     return rate, middle - half, middle + half
 
 
-def order_bias(orders) -> tuple[float, float, float]:
-    """Of pairs (p_first_ab, p_first_ba) three shares.
+def order_bias(orders) -> tuple[float, float]:
+    """(consistency, always the first) of pairs (p_first_ab, p_first_ba).
 
-    Consistency: pairs whose orders agree. Of the others: the first answer in both orders. First picks of all.
+    Consistency: the share of pairs whose orders agree. Always the first: of the other pairs, the share where both
+    orders prefer the answer that is shown first.
     """
     n = len(orders)
     consistent = sum(verdict_of_orders(ab, ba) != 0.5 for ab, ba in orders)
     always_first = sum(ab > 0.5 and ba > 0.5 for ab, ba in orders)
-    first_picks = sum((ab > 0.5) + (ba > 0.5) for ab, ba in orders)
-    return share(consistent, n), share(always_first, n - consistent), share(first_picks, 2 * n)
+    return share(consistent, n), share(always_first, n - consistent)
 
 
 def share(part, whole) -> float:
@@ -493,61 +535,56 @@ def share(part, whole) -> float:
     return part / whole if whole > 0 else math.nan
 
 
-def figure_line(name, value, meaning) -> str:
-    """A line of the table: a number and what it is."""
-    return f"{name:20}{value:7.3f}   {meaning}"
-
-
-def verdict_line(name, verdicts) -> str:
-    """A line of the table: a win rate, its interval and the counts."""
+def win_rate_figure(name, verdicts) -> tuple[str, float, str]:
+    """A line of the table: its name, a win rate, and the interval with the counts."""
     wins, losses, ties, none = (verdicts.count(verdict) for verdict in (1.0, 0.0, 0.5, None))
     rate, low, high = wilson_win_rate(wins, losses, ties)
     counts = f"{wins} won, {losses} lost, {ties} ties, {none} without a verdict"
-    return figure_line(name, rate, f"95 % interval {low:.3f} to {high:.3f}; {counts}")
+    return name, rate, f"95 % interval {low:.3f} to {high:.3f}; {counts}"
 
 
-def table_of(args, rows) -> tuple[str, list]:
-    """(what is printed, the verdict on each pair)"""
+def table_of(args, rows, n_equal) -> tuple[str, list]:
+    """(what is printed, the verdict on each row). n_equal: pairs of equal answers, which are ties without a row."""
     read = p_first if args.mode == "pairwise" else expected_grade
     values = []
     masses = []
     for row in rows:
-        values.append({names: read(answer) for names, answer in row["masses"].items()})
-        masses += [sum(answer.values()) for answer in row["masses"].values() if answer is not None]
+        values.append({names: read(verdict_probs) for names, verdict_probs in row["verdict_probs"].items()})
+        for verdict_probs in row["verdict_probs"].values():
+            masses.append(0.0 if verdict_probs is None else sum(verdict_probs.values()))
 
-    lines = []
+    figures = []  # (name, value, meaning)
     verdicts = {}
     for name, x, y in (("a over b", "a", "b"), ("repeated over a", "r", "a")):
         if x == "r" and not args.verbosity:
             continue
+        ties = [0.5] * n_equal if x == "a" else []
         if args.mode == "pairwise":
             orders = [(value[x + y], value[y + x]) for value in values]
             verdicts[x] = [verdict_of_orders(*order) for order in orders]
             # Where x has the larger probability as a mean of both orders: its place has no part in it.
             averaged = [verdict_of_larger(*order) for order in orders]
-            lines += [verdict_line(name, verdicts[x]), verdict_line("  orders averaged", averaged)]
+            figures.append(win_rate_figure(name, verdicts[x] + ties))
+            figures.append(win_rate_figure("  orders averaged", averaged + ties))
         else:
             verdicts[x] = [verdict_of_larger(value[x], value[y]) for value in values]
-            lines.append(verdict_line(name, verdicts[x]))
+            figures.append(win_rate_figure(name, verdicts[x] + ties))
 
     if args.dataset is not None:
         wins = verdicts["a"].count(1.0)
         decided = wins + verdicts["a"].count(0.0)
-        lines.append(figure_line("agreement", share(wins, decided), f"chosen won {wins} of {decided} decided"))
+        figures.append(("agreement", share(wins, decided), f"chosen won {wins} of {decided} decided"))
     if args.mode == "pairwise":
-        orders = []
-        for row, value, verdict in zip(rows, values, verdicts["a"]):
-            if verdict is not None and row["a"] != row["b"]:
-                orders.append((value["ab"], value["ba"]))
-        consistency, always_first, first_picks = order_bias(orders)
-        lines.append(figure_line("consistency", consistency, "of pairs: both orders agree"))
-        lines.append(figure_line("always the first", always_first, "of the others: the first in both orders"))
-        lines.append(figure_line("first position", first_picks, "of verdicts: the answer shown first"))
+        orders = [(value["ab"], value["ba"]) for value in values]
+        consistency, always_first = order_bias([order for order in orders if None not in order])
+        figures.append(("consistency", consistency, "of pairs: both orders agree"))
+        figures.append(("always the first", always_first, "of the others: the first in both orders"))
     else:
         for name in "ab":
             grades = [value[name] for value in values if value[name] is not None]
-            lines.append(figure_line(f"mean grade of {name}", share(sum(grades), len(grades)), "from 0 to 5"))
-    lines.append(figure_line("verdict mass", share(sum(masses), len(masses)), "mean probability of any verdict"))
+            figures.append((f"mean grade of {name}", share(sum(grades), len(grades)), "from 0 to 5"))
+    figures.append(("verdict mass", share(sum(masses), len(masses)), "mean probability of any verdict"))
+    lines = [f"{name:20}{value:7.3f}   {meaning}" for name, value, meaning in figures]
     return "\n".join(lines), verdicts["a"]
 
 
@@ -584,12 +621,18 @@ def grade(prompts, completions, **columns) -> list[float]:
         questions.append(grade_question(text_of(prompt), text_of(completion), reference))
     with ThreadPoolExecutor(workers) as pool:
         answers = list(pool.map(lambda question: judge(question, LABELS["grade"]), questions))
-    return [expected_grade(masses) or 0.0 for masses, _ in answers]
+    grades = [expected_grade(verdict_probs) for verdict_probs, _ in answers]
+    if set(grades) == {None}:
+        print(f"JUDGE_MODEL: no verdict on any of {len(grades)} answers: each has grade 0", file=sys.stderr)
+    return [0.0 if value is None else value for value in grades]
 
 
 def main(args: Args) -> None:
-    rows = judge_all(args, read_comparisons(args))
-    table, verdicts = table_of(args, rows)
+    comparisons = read_comparisons(args)
+    # Equal answers are a tie: nobody is asked.
+    different = [comparison for comparison in comparisons if comparison.a != comparison.b]
+    rows = judge_all(args, different)
+    table, verdicts = table_of(args, rows, len(comparisons) - len(different))
     print(table)
     if args.pairs_out is not None:
         write_pairs(args.pairs_out, rows, verdicts)

@@ -61,7 +61,7 @@ class Args:
     seed: int = 1  # of sampling, and of the order in which answers are shown
     # read
     export: str = "export.json"  # Label Studio's JSON export, or plain rows: see read_rows
-    min_agreement: float = 0.0  # pairs whose majority is a smaller share of the votes are dropped
+    min_agreement: float = 0.0  # drop a pair if a smaller share of its votes agrees; one vote is all
     out: str = "pairs.jsonl"  # the pairs: prompt, chosen, rejected, chosen_rating, rejected_rating
 
 
@@ -240,12 +240,12 @@ LABELS = {"ranking": HEAD + RANKING, "pairwise": HEAD + PAIRWISE}
 def make_tasks(answered, kind: str, seed: int) -> list[dict]:
     """A task for each prompt, or for each two answers to it. Empty answers and copies are left out.
 
-    Answers are shown in a random order: a ranking that is submitted untouched is that order.
+    Answers are shown in a random order. An untouched ranking is that order, whoever submits it.
     """
     order = random.Random(seed)
     tasks = []
     for prompt, answers in answered:
-        answers = [answer for answer in dict.fromkeys(answers) if answer.strip()]
+        answers = [answer for answer in dict.fromkeys(answers) if answer and answer.strip()]
         order.shuffle(answers)
         shown = {"prompt": prompt, "text": text_of(prompt)}
         if kind == "ranking" and len(answers) > 1:
@@ -265,7 +265,7 @@ def make(args) -> None:
         answered = answer_prompts(args)
     else:
         records = read_dataset(args.answers, args.dataset_split)
-        answered = [(record[args.prompt_column], record["answers"]) for record in records][: args.limit]
+        answered = [(record[args.prompt_column], record["answers"] or []) for record in records][: args.limit]
     tasks = make_tasks(answered, args.kind, args.seed)
     if len(tasks) == 0:
         sys.exit(f"--dataset, --answers, --k: of {len(answered)} prompts none has two different answers")
@@ -335,28 +335,30 @@ def ranking_of(path: str, results: list[dict], names: list[str]) -> list[int]:
 def read_rows(path: str) -> tuple[list[Judged], Counter]:
     """The same from rows {"prompt", "answers", "ranking"}: JSON lines, one per annotator.
 
-    ranking: indices of the answers, the best first. "annotator": who; by default the number of the prompt's row.
+    ranking: indices of the answers, the best first. annotator: by default the number of the prompt's row.
     """
     judged = {}
     counts = Counter()
     n_rows = Counter()
     for number, line in enumerate(open(path, encoding="utf8"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             answers = row["answers"]
-            ranked = [answers[i] for i in row["ranking"] or []]
+            ranking = row["ranking"] or []
             key = (json.dumps(row["prompt"]), *sorted(answers))
-            if ranked and sorted(ranked) != sorted(set(answers)):
+            if ranking and (sorted(ranking) != list(range(len(answers))) or len(set(answers)) < len(answers)):
                 raise ValueError("ranking must have each index once, and the answers must differ")
         except (LookupError, TypeError, ValueError) as error:
             sys.exit(f"--export {path}: line {number} is no row of prompt, answers and ranking: {error!r}")
         n_rows[key] += 1
-        counts["finished" if ranked else "unfinished"] += 1
+        counts["finished" if ranking else "unfinished"] += 1
         # Rows may show the answers in different orders. That of the first row counts.
         item = judged.setdefault(key, Judged(row["prompt"], answers, {}))
-        if ranked:
+        if ranking:
             annotator = str(row.get("annotator", n_rows[key]))
-            item.rankings[annotator] = [item.answers.index(answer) for answer in ranked]
+            item.rankings[annotator] = [item.answers.index(answers[i]) for i in ranking]
     return list(judged.values()), counts
 
 
@@ -381,8 +383,8 @@ def cohen_kappa(a: list, b: list) -> float:
     return (p_o - p_e) / (1 - p_e)
 
 
-def pairwise_agreement(counts: list) -> float:
-    """Mean over items of the share of pairs of annotators who agree. counts: a tuple of votes by label each."""
+def observed_agreement(counts: list) -> float:
+    """Mean over items of the share of pairs of annotators who agree. counts: an item's votes by label."""
     shares = []
     for votes in counts:
         n = sum(votes)
@@ -395,7 +397,7 @@ def fleiss_kappa(counts: list) -> float:
 
     p_e = sum over labels of (share of the label in all votes)^2. Fleiss 1971, but n may differ between items.
     """
-    p_o = pairwise_agreement(counts)
+    p_o = observed_agreement(counts)
     totals = [sum(votes) for votes in zip(*counts)]
     p_e = sum((total / sum(totals)) ** 2 for total in totals)
     if p_e == 1:
@@ -408,14 +410,14 @@ def report_agreement(votes: list[dict[str, bool]]) -> str:
     shared = [vote for vote in votes if len(vote) > 1]
     annotators = sorted(set().union(*votes))
     if len(shared) == 0:
-        return f"{len(annotators)} annotators, no pair judged by several"
+        return "no pair is judged by several annotators: how far they agree is not known"
     counts = [(sum(vote.values()), len(vote) - sum(vote.values())) for vote in shared]
     if len(annotators) == 2:
         a, b = annotators
         kappa = f"Cohen's kappa {cohen_kappa([vote[a] for vote in shared], [vote[b] for vote in shared]):.3f}"
     else:
         kappa = f"Fleiss' kappa {fleiss_kappa(counts):.3f}"
-    equal = pairwise_agreement(counts)
+    equal = observed_agreement(counts)
     return f"{len(annotators)} annotators, {len(shared)} pairs judged by several: {equal:.1%} equal, {kappa}"
 
 
@@ -434,12 +436,12 @@ def pairs_of_task(judged: Judged, min_agreement: float) -> tuple[list[dict], Cou
     for (i, j), votes in votes_of(judged).items():
         for_i = sum(votes.values())
         for_j = len(votes) - for_i
-        chosen, rejected = (i, j) if for_i > for_j else (j, i)
         if for_i == for_j:
             left_out["ties"] += 1
         elif max(for_i, for_j) / len(votes) < min_agreement:
             left_out["disputed"] += 1
         else:
+            chosen, rejected = (i, j) if for_i > for_j else (j, i)
             row = {"prompt": judged.prompt, "chosen": judged.answers[chosen], "rejected": judged.answers[rejected]}
             rows.append({**row, "chosen_rating": ratings[chosen], "rejected_rating": ratings[rejected]})
     rows.sort(key=lambda row: row["rejected_rating"] - row["chosen_rating"])
@@ -453,7 +455,8 @@ def read(args) -> None:
     votes = []
     rows = []
     left_out = Counter()
-    for judged in [item for item in tasks if item.rankings]:
+    labelled = [judged for judged in tasks if judged.rankings]
+    for judged in labelled:
         votes += votes_of(judged).values()
         task_rows, task_left_out = pairs_of_task(judged, args.min_agreement)
         rows += task_rows

@@ -86,7 +86,19 @@ def test_three_annotators_golden_and_the_majority_decides():
 
 
 def test_agreement_is_not_known_of_one_annotator():
-    assert label_studio.report_agreement([{}, {"anna": True}]) == "1 annotators, no pair judged by several"
+    assert label_studio.report_agreement([{}, {"anna": True}]).startswith("no pair is judged by several annotators")
+
+
+def test_untouched_rankings_agree():
+    """All see the same order. Half of the tasks untouched by both, the others ranked at random: docs/label_studio.md."""
+    dice = random.Random(0)
+    votes = []
+    for i in range(4000):
+        rankings = {name: [0, 1, 2] if i % 2 else dice.sample(range(3), 3) for name in ("anna", "ben")}
+        votes += label_studio.votes_of(Judged("p", ["A", "B", "C"], rankings)).values()
+    a, b = ([vote[name] for vote in votes] for name in ("anna", "ben"))
+    assert sum(x == y for x, y in zip(a, b)) / len(a) == pytest.approx(0.75, abs=0.02)
+    assert label_studio.cohen_kappa(a, b) == pytest.approx(1 / 3, abs=0.04)
 
 
 # ---- agreement
@@ -107,7 +119,7 @@ def test_cohens_kappa_golden_and_as_in_sklearn():
 def test_fleiss_kappa_golden():
     """3 annotators: P = 1, 1, 1/3, whose mean is 7/9. 5 and 4 of 9 votes: 41/81 by chance. 22/40."""
     counts = [(3, 0), (0, 3), (2, 1)]
-    assert label_studio.pairwise_agreement(counts) == pytest.approx(7 / 9)
+    assert label_studio.observed_agreement(counts) == pytest.approx(7 / 9)
     assert label_studio.fleiss_kappa(counts) == pytest.approx(22 / 40)
     kappa = label_studio.fleiss_kappa([(3, 0), (2, 0)])
     assert kappa != kappa  # nan: all always say the same
@@ -117,15 +129,16 @@ def test_fleiss_kappa_of_a_published_example():
     """14 annotators, 10 items, 5 labels: en.wikipedia.org/wiki/Fleiss'_kappa, which has 0.210."""
     table = "0 0 0 0 14|0 2 6 4 2|0 0 3 5 6|0 3 9 2 0|2 2 8 1 1|7 7 0 0 0|3 2 6 3 0|2 5 3 2 2|6 5 2 1 0|0 2 2 3 7"
     counts = [tuple(map(int, row.split())) for row in table.split("|")]
-    assert label_studio.pairwise_agreement(counts) == pytest.approx(0.378, abs=5e-4)
+    assert label_studio.observed_agreement(counts) == pytest.approx(0.378, abs=5e-4)
     assert label_studio.fleiss_kappa(counts) == pytest.approx(0.210, abs=5e-4)
 
 
 # ---- make
 
 ANSWERS = [
-    {"prompt": [{"role": "user", "content": MARKUP}], "answers": [MARKUP, "long " * 500, "short", " ", "short"]},
+    {"prompt": [{"role": "user", "content": MARKUP}], "answers": [MARKUP, "long " * 500, "short", " ", "short", None]},
     {"prompt": [{"role": "user", "content": "q"}], "answers": ["one", "one"]},
+    {"prompt": [{"role": "user", "content": "s"}], "answers": None},
     {"prompt": [{"role": "user", "content": "r"}], "answers": ["a", "b"]},
 ]
 
@@ -138,7 +151,7 @@ def make(folder, *flags):
 
 def test_make_ranking(write_jsonl, tmp_path, capsys):
     tasks, labels = make(tmp_path, "--answers", write_jsonl(ANSWERS))
-    assert len(tasks) == 2  # the second prompt has one answer only
+    assert len(tasks) == 2  # the second prompt has one answer only, the third none
     data = tasks[0]["data"]
     assert data["prompt"] == ANSWERS[0]["prompt"]
     assert data["text"] == MARKUP
@@ -150,12 +163,12 @@ def test_make_ranking(write_jsonl, tmp_path, capsys):
     assert ranker.get("name") == "ranking"
     assert shown.get("value") == "$answers"
     assert labels.find(".//HyperText") is None  # which would run what is in an answer
-    assert "2 tasks of 3 prompts" in capsys.readouterr().out
+    assert "2 tasks of 4 prompts" in capsys.readouterr().out
 
 
 def test_make_pairwise(write_jsonl, tmp_path):
     tasks, labels = make(tmp_path, "--answers", write_jsonl(ANSWERS), "--kind", "pairwise")
-    assert len(tasks) == 3 + 0 + 1
+    assert len(tasks) == 3 + 0 + 0 + 1
     shown = {frozenset((task["data"]["left"], task["data"]["right"])) for task in tasks}
     assert frozenset((MARKUP, "short")) in shown and frozenset("ab") in shown
     assert len(shown) == 4
@@ -266,7 +279,7 @@ def test_read_plain_rows(tmp_path, capsys):
         {"prompt": "q \u2028", "answers": ["A", "B"], "ranking": [1, 0]},
         {"prompt": "r", "answers": ["A", "B"], "ranking": [1, 0], "annotator": "2"},
     ]
-    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n"  # a blank line
     pairs = read(tmp_path, content, name="rows.jsonl")
     assert pairs[:2] == [pair("A", "B", 2.5, 1), pair("C", "B", 2.5, 1)]
     assert pairs[2:] == [pair("B", "A", 2, 1, "q \u2028"), pair("B", "A", 2, 1, "r")]
@@ -320,9 +333,10 @@ def test_a_bad_export_is_one_line(content, said, tmp_path):
     "content, said",
     [
         ("not json\n", "line 1 is no row"),
+        (json.dumps(PLAIN | {"ranking": [-1, 0]}), "line 1 is no row .*each index once"),
         (json.dumps(PLAIN) + "\n" + '{"prompt": "p"}\n', "line 2 is no row .*answers"),
         (json.dumps(PLAIN | {"ranking": [0, 0]}), "each index once"),
-        (json.dumps(PLAIN | {"ranking": [0, 2]}), "line 1 is no row .*out of range"),
+        (json.dumps(PLAIN | {"ranking": [0, 2]}), "line 1 is no row .*each index once"),
         (json.dumps(PLAIN | {"ranking": ["A", "B"]}), "line 1 is no row"),
         (json.dumps(PLAIN | {"answers": ["A", "A"]}), "answers must differ"),
         ("", "no pair is left"),
