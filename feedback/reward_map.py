@@ -57,7 +57,7 @@ class Args:
     reward: str = "vader"  # vader, a sequence classifier (hub id or directory), or path/file.py:function
     classify: bool = False  # a text's cell is what the model says it is, not what was asked for
     iterations: int = 500  # texts in all
-    initial: int = 100  # the first so many are written, each cell in turn; the others are rewritten
+    initial: int = 100  # the first so many, at least the first batch, are written; the others are rewritten
     batch_size: int = 20  # texts that are sampled at once, from the elites as they were before
     temperature: float = 0.8  # of sampling
     max_new_tokens: int = 48  # longest text, in tokens
@@ -429,11 +429,11 @@ class Solution(NamedTuple):
 
 
 def choose(elites, cells, iteration, initial, seed) -> tuple[tuple, Solution | None]:
-    """(the cell to ask for, the elite to rewrite for it). At first each cell in turn, and no elite: None.
+    """(the cell to ask for, the elite to rewrite for it). At first each cell in turn, to be written: None.
 
     Then both at random, as in MAP-Elites (1504.04909, figure 2): each elite is as likely as any other.
     """
-    if iteration < initial:
+    if iteration < initial or not elites:
         return cells[iteration % len(cells)], None
     generator = random_stream("choice", seed, iteration)
     cell = cells[torch.randint(len(cells), (1,), generator=generator)]
@@ -490,13 +490,14 @@ def draw(solutions, task, args) -> Figure:
         qd_scores.append(qd_score(elites, args.lowest_score))
 
     figure = Figure(figsize=(11, 8), layout="constrained")
+    figure.suptitle(f"--reward {args.reward}")
     (best_axes, mean_axes), (coverage_axes, qd_axes) = figure.subplots(2, 2, height_ratios=(2, 1))
     row_axis, column_axis = task.axes
     best = {cell: elite.score for cell, elite in elites.items()}
     for axes, title, values in ((best_axes, "best", best), (mean_axes, "mean", mean_scores(solutions))):
         image = axes.imshow(grid(values, task), cmap="viridis")
         figure.colorbar(image, ax=axes, shrink=0.8)
-        axes.set_title(f"{title} score per cell, {Path(args.reward).name}")
+        axes.set_title(f"{title} score per cell")
         axes.set_xlabel(column_axis)
         axes.set_ylabel(row_axis)
         axes.set_xticks(range(len(task.axes[column_axis])), list(task.axes[column_axis]), rotation=30)
