@@ -494,8 +494,10 @@ def draw(solutions, task, args) -> Figure:
     (best_axes, mean_axes), (coverage_axes, qd_axes) = figure.subplots(2, 2, height_ratios=(2, 1))
     row_axis, column_axis = task.axes
     best = {cell: elite.score for cell, elite in elites.items()}
-    for axes, title, values in ((best_axes, "best", best), (mean_axes, "mean", mean_scores(solutions))):
-        image = axes.imshow(grid(values, task), cmap="viridis")
+    means = mean_scores(solutions)
+    lowest, highest = min(means.values()), max(best.values())  # one scale of colours for both maps
+    for axes, title, values in ((best_axes, "best", best), (mean_axes, "mean", means)):
+        image = axes.imshow(grid(values, task), cmap="viridis", vmin=lowest, vmax=highest)
         figure.colorbar(image, ax=axes, shrink=0.8)
         axes.set_title(f"{title} score per cell")
         axes.set_xlabel(column_axis)
