@@ -189,6 +189,11 @@ def test_the_curves_are_those_of_the_archive(writer, axes_file, reward_file, tmp
     means = [sum(row["score"] for row in rows[n : n + 4]) / 4 for n in range(0, 40, 4)]
     assert scalars(tmp_path / "map", "objective/scores") == pytest.approx(means)
     assert scalars(tmp_path / "map", "val/as_asked") == [1] * 10
+    kept = []
+    for n in range(0, 40, 4):
+        changes = [elites_of(rows[: i + 1]) != elites_of(rows[:i]) for i in range(n, n + 4)]
+        kept.append(sum(changes) / 4)
+    assert scalars(tmp_path / "map", "val/kept") == pytest.approx(kept) and kept[0] == 1 > kept[-1]
 
 
 def test_classify_places_a_text_where_the_model_says(writer, axes_file, reward_file, tmp_path, monkeypatch):
