@@ -516,7 +516,7 @@ def draw(solutions, task, args) -> Figure:
     return figure
 
 
-def table_of(elites, task) -> str:
+def best_texts(elites, task) -> str:
     """The best text of each cell with its score, a line per cell; a slash is a line break."""
     lines = []
     for cell in cells_of(task):
@@ -663,7 +663,7 @@ def main(args: Args) -> None:
         writer.flush()
         progress.set_postfix(qd_score=metrics["objective/qd_score"], coverage=metrics["objective/coverage"])
 
-    table = table_of(elites, task)
+    table = best_texts(elites, task)
     (output_dir / "best.txt").write_text(table + "\n", encoding="utf8")
     draw(solutions, task, args).savefig(output_dir / "map.png")
     print(table)

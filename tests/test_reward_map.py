@@ -358,7 +358,7 @@ def test_the_map_has_the_first_axis_as_rows(tmp_path):
 
 def test_the_table_has_a_line_per_cell():
     task = reward_map.Task(**TASK)
-    table = reward_map.table_of({CELLS[1]: solution(CELLS[1], 0.25, text="one\ntwo")}, task).splitlines()
+    table = reward_map.best_texts({CELLS[1]: solution(CELLS[1], 0.25, text="one\ntwo")}, task).splitlines()
     assert len(table) == 6 and table[1].split() == ["small,", "odd", "0.250", "one", "/", "two"]
     assert table[0].split() == ["small,", "even", "empty"]
 
