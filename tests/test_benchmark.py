@@ -30,6 +30,7 @@ import data  # noqa: E402
 import frontier  # noqa: E402
 import iterated  # noqa: E402
 import pipeline  # noqa: E402
+import reward_maps  # noqa: E402
 import seeds  # noqa: E402
 import speed  # noqa: E402
 
@@ -208,6 +209,7 @@ def test_pipeline_prints_both_kinds_and_draws_them(runs, monkeypatch, capsys, tm
         (frontier, "score_over_kl_variants"),
         (iterated, "iterated"),
         (pipeline, "learned_reward"),
+        (reward_maps, "reward_maps"),
     ],
 )
 def test_the_published_pictures_can_be_drawn_from_their_csv_files(module, name, tmp_path):
@@ -301,6 +303,35 @@ def test_bag_of_words_learns_a_word_and_reads_the_pairs_of_a_reward_model(tiny, 
         100,
     )
     assert text.splitlines(True)[-1] == "20 pairs, held out: 5; longer wins 0.000, bag of words 1.000\n"
+
+
+def test_reward_maps_has_a_row_a_run_and_cell(monkeypatch, capsys, tmp_path):
+    texts = [
+        dict(iteration=0, asked=["a", "x"], cell=["a", "x"], parent=None, score=1.0, text="one two three"),
+        dict(iteration=1, asked=["a", "y"], cell=["a", "x"], parent=None, score=2.0, text="four"),
+        dict(iteration=2, asked=["b", "x"], cell=["b", "x"], parent=0, score=6.0, text="one two three"),
+        dict(iteration=3, asked=["b", "x"], cell=["a", "x"], parent=0, score=0.0, text="zzz"),
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/archive.json").write_text(json.dumps(texts))
+    axes = {"first": {"a": "an a", "b": "a b"}, "second": {"x": "an x", "y": "a y"}}
+    (tmp_path / "run/args.json").write_text(json.dumps({"axes": {"axes": axes}}))
+    text = main(reward_maps, monkeypatch, capsys, tmp_path / "run", "--save", tmp_path / "m")
+    rows = read_csv(tmp_path / "m.csv")
+    assert [(row["row"], row["column"], row["texts"]) for row in rows] == [
+        ("a", "x", "3"),
+        ("a", "y", "0"),
+        ("b", "x", "1"),
+        ("b", "y", "0"),
+    ]
+    assert [row["mean_written"] for row in rows] == ["1.5", "", "", ""]
+    assert [row["mean"] for row in rows] == ["1.0", "", "6.0", ""]
+    assert [row["best"] for row in rows] == ["2.0", "", "6.0", ""]
+    assert "2 of 4 cells, 2 different best texts" in text
+    assert "mean score written 1.5, rewritten 3.0" in text and "2 rewrites: 1 are their parent, 1 are like it" in text
+    assert "column: value, mean as written, mean of all, texts; 0.5 of those written" in text
+    assert "highest mean: b, x, 6.0" in text and "lowest mean: a, x, 1.0; best 2.000: 'four'" in text
+    assert (tmp_path / "m.png").stat().st_size > 5_000
 
 
 def test_data_makes_pairs_openings_and_messages(monkeypatch, capsys, tmp_path):
