@@ -82,19 +82,17 @@ strawberries: strawberry strawberries | bananas: banana
 elephants: elephant | giraffes: giraffe"""
 REQUESTS = (
     "Tell me about {a}, but do not mention {b}.",
-    "Write a sentence about {a}. Leave {b} out of it.",
     "Talk about {a}. Do not talk about {b}.",
     "What do people like about {a}? Please do not bring up {b}.",
-    "Describe {a} without a word about {b}.",
 )
 
 
 @dataclasses.dataclass
 class Args:
     model: str = "smollm2"  # who answers: hub id, directory, or smollm2 (built in, 135M parameters)
-    k: int = 4  # answers per prompt
+    k: int = 8  # answers per prompt
     pairs_per_prompt: int = 2  # at most so many pairs of a prompt
-    temperature: float = 1.0  # of sampling
+    temperature: float = 0.7  # of sampling
     max_new_tokens: int = 32  # longest answer, in tokens, before it is cut to whole sentences
     batch_size: int = 20  # prompts sampled at a time
     precision: str = "auto"  # bf16, fp32, or auto: bf16 if it is fast

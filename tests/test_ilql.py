@@ -481,7 +481,7 @@ def test_the_script_that_made_the_pairs():
         and make_pink_elephants.pairs_of(row, texts[:1], 2) == []
     )
     rows = make_pink_elephants.make_rows()
-    assert len({row["prompt"] for row in rows}) == len(rows) == 40 * 2 * 5
+    assert len({row["prompt"] for row in rows}) == len(rows) == 40 * 2 * 3
 
 
 def test_the_built_in_pairs_are_what_they_say_and_held_out_by_subject():
@@ -637,7 +637,7 @@ def test_a_run_learns_to_tell_good_from_bad_and_answers_by_it(tiny, tmp_path):
     flags += ["--target-rate", 0.2, "--learning-rate", 5e-3, "--head-learning-rate", 1e-2, "--betas", 0, 8]
     run_script(ilql, *flags, "--output-dir", tmp_path / "o")
     plain, guided = (scalars(tmp_path / "o", f"eval/beta_{beta}/score")[-1] for beta in (0, 8))
-    assert guided > 0.9 > plain + 0.3
+    assert guided > 0.7 > plain + 0.3
     assert scalars(tmp_path / "o", "eval/q_correlation")[-1] > 0.8
 
 

