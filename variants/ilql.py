@@ -89,7 +89,7 @@ class Args:
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 0  # optimizer steps; 0: once over all rows
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
-    eval_prompts: int = 60  # held out; each is answered once for each of --betas
+    eval_prompts: int = 50  # held out (built-in: of 12 couples of subjects); each is answered once for each of --betas
     eval_every: int = 1000  # steps between evaluations; there is always one before and one after
     eval_only: bool = False  # evaluate --model (with --resume: the checkpoint beside it) and stop
     save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last is saved as final/
