@@ -58,7 +58,7 @@ from transformers import GenerationConfig, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
 
-BETAS = [0.0, 1.0, 4.0, 16.0]
+BETAS = [0.0, 4.0, 16.0, 64.0]
 
 
 @dataclasses.dataclass
@@ -85,7 +85,7 @@ class Args:
     micro_batch_size: int = 4  # rows in a forward and backward pass, over all processes: bounds its memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     learning_rate: float = 2e-5  # of the policy, its peak: linear warm-up, then linear to 0
-    head_learning_rate: float = 1e-3  # the same of the heads
+    head_learning_rate: float = 3e-3  # the same of the heads
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 0  # optimizer steps; 0: once over all rows
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
@@ -928,7 +928,7 @@ def main(args: Args) -> None:
         if getattr(args, name) > 1:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number from 0 to 1")
     if len(args.betas) == 0 or not all(0 <= beta < math.inf for beta in args.betas):
-        sys.exit(f"--betas {args.betas}: numbers of 0 or more, such as 0 1 4 16")
+        sys.exit(f"--betas {args.betas}: numbers of 0 or more, such as 0 4 16 64")
     if is_main and not args.eval_only:
         output_dir = claim_output_dir(args)
     scorers = load_eval_scorers(args)
