@@ -834,7 +834,7 @@ def evaluate_at(args, accelerator, network, reference, tokenizer, prompts, score
     """One answer to each prompt with this beta, by every process, from the same random numbers every time."""
     uniforms = torch.rand(len(prompts), args.max_new_tokens, generator=random_stream("evaluation", args.seed))
     guided = GuidedPolicy(network, beta)
-    size = args.micro_batch_size // accelerator.num_processes * 4  # rows; without gradients more fits
+    size = args.micro_batch_size // accelerator.num_processes * 8  # rows; without gradients more fits
     samples = []
     ref_logprobs = 0.0
     for start in tqdm(range(0, len(prompts), size), desc=f"beta {beta:g}", leave=False):

@@ -7,8 +7,8 @@
 # ///
 """Pink elephants: who stays on A and leaves out B? Runs of any script, on the prompts that variants/ilql.py holds out.
 
-    uv run benchmark/pink_elephants.py runs/pink/* --save benchmark/results/pink_elephants
-    uv run benchmark/pink_elephants.py --save benchmark/results/pink_elephants        # draws the picture again
+    uv run benchmark/avoidance.py runs/pink/* --save benchmark/results/pink_elephants
+    uv run benchmark/avoidance.py --save benchmark/results/pink_elephants        # draws the picture again
 
 A run of ilql.py gives a row for each beta, from its own evaluation. Of another script's run, the policy in final/
 answers the same prompts with the same random numbers. Folders are named {name}{seed}. Writes SAVE.csv and SAVE.png.
