@@ -31,11 +31,12 @@ def rows_of_ilql(folder) -> list[dict]:
     from seeds import read_events
 
     _, curves = read_events(folder)
-    rows = {}
+    rows = {"before": {"setting": "before"}}
     for tag, points in curves.items():
-        match = re.fullmatch(r"eval/(before|beta_[\d.]+)/(\w+)", tag)
+        match = re.fullmatch(r"eval/beta_([\d.]+)/(\w+)", tag)
         if match:
-            setting = match[1].replace("_", " ")
+            setting = f"beta {match[1]}"
+            rows["before"][match[2]] = points[0][1]  # the same for all betas
             rows.setdefault(setting, {"setting": setting})[match[2]] = points[-1][1]
     return list(rows.values())
 

@@ -23,7 +23,8 @@ Snell et al. 2022, Offline RL for Natural Language Generation with Implicit Lang
     accelerate launch variants/ilql.py --resume runs/ilql__1__1767225600123/checkpoint-20
 
 A row of the dataset is a pair, with reward +1 for the chosen and -1 for the rejected answer, or has prompt,
-completion and reward. The default run takes some minutes on two CPU cores.
+completion and reward. The default run takes some ten minutes on two CPU cores. It does not yet beat plain sampling:
+see docs/ilql.md for what was tried.
 Left out on purpose: Q heads with their own matrix over the vocabulary, several rewards in an answer, LoRA.
 Shapes: n tokens of N answers of at most R; rows of at most T tokens; hidden states of H; a vocabulary of V.
 """
@@ -85,8 +86,8 @@ class Args:
     micro_batch_size: int = 4  # rows in a forward and backward pass, over all processes: bounds its memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     learning_rate: float = 2e-5  # of the policy, its peak: linear warm-up, then linear to 0
-    head_learning_rate: float = 3e-3  # the same of the heads
-    warmup_steps: int = 2  # steps of warm-up
+    head_learning_rate: float = 3e-4  # the same of the heads
+    warmup_steps: int = 5  # steps of warm-up
     total_steps: int = 0  # optimizer steps; 0: once over all rows
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
     eval_prompts: int = 50  # held out (built-in: of 12 couples of subjects); each is answered once for each of --betas
@@ -1000,7 +1001,8 @@ def main(args: Args) -> None:
         writer = SummaryWriter(output_dir, purge_step=first_step + 1)
         writer.add_text("args", f"```\n{json.dumps(vars(args), indent=2)}\n```")
     if held_out and first_step == 0:
-        log("eval/before/", evaluations["before"].means, 0)
+        for beta in args.betas:  # values are 0 at first: any beta answers like this
+            log(f"eval/beta_{beta:g}/", evaluations["before"].means, 0)
 
     # Every epoch has each row once, in a new order. Each process takes its share of every step.
     order = []
