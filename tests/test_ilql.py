@@ -507,7 +507,7 @@ def flags(tiny, tmp_path_factory):
     rows = [dict(row, topic=["ab"], avoid=["cd"]) for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = f"--model {tiny} --dataset {path} --precision fp32 --learning-rate 1e-3 --head-learning-rate 1e-2"
-    flags += " --eval-prompts 0 --max-new-tokens 6 --max-grad-norm 1e9 --betas 0 4 --target-rate 0.5 --warmup-steps 0"
+    flags += " --rows-per-step 8 --eval-prompts 0 --max-new-tokens 6 --max-grad-norm 1e9 --betas 0 4 --target-rate 0.5 --warmup-steps 0"
     return flags.split()
 
 
