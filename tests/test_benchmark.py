@@ -17,12 +17,14 @@ import torch.utils.tensorboard
 import tyro
 from conftest import run_script
 
+import ilql
 import reinforce
 import reward_model
 import rloo
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+import avoidance  # noqa: E402
 import bag_of_words  # noqa: E402
 import baselines  # noqa: E402
 import compare  # noqa: E402
@@ -208,6 +210,7 @@ def test_pipeline_prints_both_kinds_and_draws_them(runs, monkeypatch, capsys, tm
         (frontier, "score_over_kl_learning_rates"),
         (frontier, "score_over_kl_variants"),
         (iterated, "iterated"),
+        (avoidance, "pink_elephants"),
         (pipeline, "learned_reward"),
         (reward_maps, "reward_maps"),
     ],
@@ -261,6 +264,29 @@ def test_iterated_trains_each_reward_model_on_the_pairs_of_its_variant(monkeypat
     assert [row["pairs"] for row in rows["newest"][:3]] == [1, 1, 1]
     assert [row["pairs"] for row in rows["once"][:1]] == [3]
     assert "accuracy_before" not in rows["all"][0] and rows["all"][1]["accuracy_before"] == 0.625
+
+
+def test_avoidance_has_a_row_for_each_beta_and_one_for_another_script(tiny, monkeypatch, capsys, tmp_path):
+    """At learning rate 0 nothing changes: the policy of another script answers as that of ilql.py before training."""
+    flags = ["--model", tiny, "--learning-rate", 0, "--head-learning-rate", 0, "--total-steps", 1, "--betas", 0, 4]
+    run_script(ilql, *flags, "--seed", 2, "--precision", "fp32", "--output-dir", tmp_path / "ilql2")
+    shutil.copytree(tmp_path / "ilql2", tmp_path / "dpo2")
+    load_model = ilql.load_model
+    monkeypatch.setattr(ilql, "load_model", lambda name: load_model(tiny if name == "smollm2" else name))
+    monkeypatch.setattr(ilql, "machine_settings", lambda precision: "no")
+    folders = [tmp_path / name for name in ("ilql2", "dpo2", "nothing")]
+    text = main(avoidance, monkeypatch, capsys, *folders, "--save", tmp_path / "p")
+    assert "nothing: not finished" in text and (tmp_path / "p.png").stat().st_size > 10_000
+    rows = read_csv(tmp_path / "p.csv")
+    assert [(r["name"], r["setting"], r["seed"]) for r in rows] == [
+        ("ilql", "before", "2"),
+        ("ilql", "beta 0", "2"),
+        ("ilql", "beta 4", "2"),
+        ("dpo", "", "2"),
+    ]
+    for column in avoidance.COLUMNS:
+        assert len({row[column] for row in rows}) == 1, column
+    assert float(rows[0]["ref_nll"]) > 1
 
 
 def test_variances_and_advantages_of_the_baselines(tiny_flags, monkeypatch, capsys, tmp_path):
