@@ -63,12 +63,12 @@ class Args:
     chat: bool = False  # string prompts are user messages, for the chat template (the built-in always are)
     eval_dataset: str | None = None  # pairs held out; default: those of --eval-prompts prompts of the dataset
     eval_split: str = "train"  # split of --eval-dataset
-    pairs_per_prompt: int = 4  # of a prompt with more pairs, the first ones are trained on
+    pairs_per_prompt: int = 8  # of a prompt with more pairs, the first ones are trained on
     max_length: int = 512  # pairs with a longer text, prompt and both answers, in tokens, are dropped
     prompts_per_step: int = 4  # prompts, with all their pairs, in an optimizer step, over all processes
     micro_batch_size: int = 2  # prompts in a forward and backward pass, over all processes: bounds its memory
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    learning_rate: float = 1e-4  # its peak: linear warm-up, then linear to 0
+    learning_rate: float = 3e-4  # its peak: linear warm-up, then linear to 0
     warmup_steps: int = 2  # steps of warm-up
     total_steps: int = 0  # optimizer steps; 0: once over all prompts
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
@@ -457,7 +457,7 @@ def order_rows(groups, orders, device) -> tuple[Rows, torch.Tensor]:
     for group, own_orders in zip(groups, orders):
         texts.append([group.as_a[i] + group.as_b[j] for i, j in own_orders])
         b_lengths += [len(group.as_b[j]) for _, j in own_orders]
-    rows = make_rows([group.ids for group in groups], texts, device)
+    rows = make_rows([group.ids for group in groups], texts, device, row_length=512)  # a prompt is short beside them
     return rows, torch.tensor(b_lengths, device=device)
 
 
