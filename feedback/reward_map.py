@@ -19,7 +19,7 @@ Bradley et al. 2023, Quality-Diversity through AI Feedback (QDAIF), arXiv 2310.1
 Mouret and Clune 2015, MAP-Elites, arXiv 1504.04909.
 
     python feedback/reward_map.py                                # what VADER likes; SmolLM2-135M writes, offline
-    python feedback/reward_map.py --reward runs/reward_model__1__1767225600123/final --output-dir runs/map_rm
+    python feedback/reward_map.py --reward runs/rm/final --lowest-score -5 --output-dir map_rm
     python feedback/reward_map.py --axes letters.json --classify --output-dir runs/letters
 
 The default run: 500 texts in six minutes on one CPU core. The same command goes on after a stop.
@@ -52,13 +52,13 @@ from transformers.utils.logging import disable_progress_bar
 
 @dataclasses.dataclass
 class Args:
-    model: str = "smollm2"  # who writes: hub id, directory, or smollm2 (built in, 135M parameters)
+    model: str = "smollm2"  # the writer: hub id, directory, or smollm2 (built in, 135M parameters)
     axes: str | None = None  # a JSON file with two axes and the prompts; default: genre and tone of a poem
     reward: str = "vader"  # vader, a sequence classifier (hub id or directory), or path/file.py:function
     classify: bool = False  # a text's cell is what the model says it is, not what was asked for
     iterations: int = 500  # texts in all
-    initial: int = 100  # the first so many, at least the first batch, are written; the others are rewritten
-    batch_size: int = 20  # texts that are sampled at once, from the elites as they were before
+    initial: int = 100  # texts written anew before rewriting starts, but never fewer than a batch
+    batch_size: int = 20  # texts that are sampled at once, all from the same elites
     temperature: float = 0.8  # of sampling
     max_new_tokens: int = 48  # longest text, in tokens
     lowest_score: float = -1.0  # what an empty cell counts as in the QD score; VADER's scores begin at -1
@@ -130,6 +130,7 @@ def read_task(path: str | None) -> Task:
         missing = [word for word in [*task.axes, *needed] if "{" + word + "}" not in template]
         if missing:
             sys.exit(f'--axes {path}: "{name}" lacks {{{missing[0]}}}')
+        template.format(text="", **dict.fromkeys(task.axes, ""))  # fails now, not at the first rewrite
     return task
 
 
@@ -378,11 +379,11 @@ REQUEST = "Write a text. Its {axis} is {value}."
 
 @torch.no_grad()
 def text_logprobs(model, requests, text) -> torch.Tensor:
-    """(V,): log P(text | request) of V requests, summed over the text's tokens. All are lists of token ids."""
+    """(K,): log P(text | request) of K requests, summed over the text's tokens. All are lists of token ids."""
     rows = [torch.tensor(request + text, device=model.device) for request in requests]
-    ids = pad_sequence(rows, batch_first=True)  # (V, T), padded on the right, where no token of a text looks
+    ids = pad_sequence(rows, batch_first=True)  # (K, T), padded on the right, where no token of a text looks
     logprobs = model(ids).logits[:, :-1].float().log_softmax(-1)
-    logprobs = logprobs.gather(2, ids[:, 1:, None])[:, :, 0]  # (V, T - 1), of each token but the first
+    logprobs = logprobs.gather(2, ids[:, 1:, None])[:, :, 0]  # (K, T - 1), of each token but the first
     sums = []
     for i, request in enumerate(requests):
         first = len(request) - 1
@@ -391,7 +392,7 @@ def text_logprobs(model, requests, text) -> torch.Tensor:
 
 
 def value_probabilities(logprobs) -> torch.Tensor:
-    """(V,) -> (V,): P(value | text) from log P(text | request for the value), by Bayes' rule with equal priors.
+    """(K,) -> (K,): P(value | text) from log P(text | request for the value), by Bayes' rule with equal priors.
 
     This is a noisy channel classifier, which suits small models: Min et al. 2022, arXiv 2108.04106.
     """
@@ -512,7 +513,6 @@ def draw(solutions, task, args) -> Figure:
         axes.plot(range(1, len(values) + 1), values)
         axes.set_xlabel("iteration")
         axes.set_ylabel(name)
-        axes.set_ylim(bottom=0)
     return figure
 
 
@@ -562,7 +562,7 @@ def open_output_dir(args, task) -> Path:
     if (output_dir / "archive.json").exists():
         saved = json.loads(path.read_text(encoding="utf8"))
         for name, value in flags.items():
-            if name not in ("iterations", "output_dir") and saved[name] != value:
+            if name not in ("iterations", "output_dir", "lowest_score") and saved[name] != value:
                 flag = name.replace("_", "-")
                 sys.exit(f"--output-dir {output_dir}: holds a map with another --{flag}; name another folder")
     path.write_text(json.dumps(flags, indent=2), encoding="utf8")

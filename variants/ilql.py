@@ -14,7 +14,7 @@ Token a_t follows the text s_t; r_t is 0 but for an answer's last token, whose r
     V(s_t)         learns  min_i Q'_i(s_t, a_t)        expectile loss: a mean that leans to the better tokens
     Q'_i           follows Q_i slowly
     loss = Q's + V's - cql_weight log softmax(Q_i)(a_t) - bc_weight log pi(a_t)        means over tokens
-    sampled from   softmax(log pi + beta (min_i Q'_i - V))
+    sampled from   softmax((log pi + beta (min_i Q'_i - V)) / temperature)
 Snell et al. 2022, Offline RL for Natural Language Generation with Implicit Language Q Learning, arXiv
 2206.11871, in the form of trlX (CarperAI).
 
@@ -36,10 +36,10 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
-import re
 import time
 import traceback
 import zlib
@@ -90,7 +90,7 @@ class Args:
     warmup_steps: int = 5  # steps of warm-up
     total_steps: int = 0  # optimizer steps; 0: once over all rows
     max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
-    eval_prompts: int = 50  # held out (built-in: of 12 couples of subjects); each is answered once for each of --betas
+    eval_prompts: int = 50  # held out (built-in: 50 are those of 12 couples); each is answered once for each of --betas
     eval_every: int = 1000  # steps between evaluations; there is always one before and one after
     eval_only: bool = False  # evaluate --model (with --resume: the checkpoint beside it) and stop
     save_every: int = 1000  # steps between checkpoints (1.6 GB for SmolLM2); the last is saved as final/
@@ -336,7 +336,7 @@ def score_records(args, records) -> list[ScoredAnswers]:
     for record in records:
         rewards = [args.reward_scale * reward for reward in record.rewards]
         if not all(map(math.isfinite, rewards)):
-            sys.exit(f"--reward: not a finite number for the answers {record.texts}")
+            sys.exit(f"--reward, or the column reward: not a finite number for the answers {record.texts}")
         scored.append(record._replace(rewards=rewards))
     return scored
 
@@ -405,7 +405,7 @@ def make_reference(model, bf16: bool):
 
 
 def make_head(n_in: int, n_out: int):
-    """A layer of 2 n_in units and one that is 0 at first."""
+    """n_in -> 2 n_in -> n_out. The last layer is 0 at first."""
     last = torch.nn.Linear(2 * n_in, n_out)
     torch.nn.init.zeros_(last.weight)
     torch.nn.init.zeros_(last.bias)
@@ -433,7 +433,7 @@ class ValueHeads(torch.nn.Module):
 
 
 class TokenValues(NamedTuple):
-    """Of the n tokens of all answers, one answer after the other: what stands before a token is its state."""
+    """One entry for each of the n tokens a_t of all answers, one answer after the other; s_t is the text before it."""
 
     logits: torch.Tensor  # (n, V) of the policy
     q: torch.Tensor  # (2, n, V) of the Q heads, for every token that could stand there
@@ -450,7 +450,7 @@ class PolicyAndValues(torch.nn.Module):
         self.heads = ValueHeads(model.config.get_text_config().hidden_size)
 
     def token_vectors(self) -> torch.Tensor:
-        """(V, H). They learn from the policy's loss alone."""
+        """(V, H), the output embeddings, detached: the losses of Q and V do not train them."""
         return self.model.get_output_embeddings().weight.detach()
 
     def forward(self, rows) -> TokenValues:
@@ -548,7 +548,7 @@ def generate(model, prompts, k, uniforms, temperature) -> list[list[int]]:
 
 
 class GuidedPolicy(torch.nn.Module):
-    """The policy as generate takes it: log pi + beta (min Q' - V), less what all tokens share, as its logits."""
+    """What generate samples from: logits + beta min Q'. V is the same for all tokens, so softmax drops it."""
 
     def __init__(self, network, beta: float):
         super().__init__()
@@ -558,7 +558,7 @@ class GuidedPolicy(torch.nn.Module):
         self.generation_config = network.model.generation_config
 
     def forward(self, ids, **inputs):
-        """As the model's own; softmax takes out V and the sum that makes log pi of the logits."""
+        """As the model's own."""
         output = self.network.model(ids, output_hidden_states=True, **inputs)
         states = output.hidden_states[-1][:, -1:]  # (B, 1, H), of the last token
         vectors = self.network.token_vectors()
@@ -613,8 +613,8 @@ def score_samples(scorer, samples, device) -> torch.Tensor:
 
 
 def mentions(text: str, words: list[str]) -> bool:
-    """Whether one of the words, or its plural in -s, is in the text. Case does not matter."""
-    return re.search(rf"\b({'|'.join(map(re.escape, words))})s?\b", text, flags=re.I) is not None
+    """Whether one of the words, or its plural in -s, is in the text, in any case."""
+    return any(re.search(rf"\b{re.escape(word)}s?\b", text, flags=re.I) for word in words)
 
 
 def on_topic(prompts, texts) -> list[float]:
@@ -761,7 +761,7 @@ def expectile_loss(targets, v, tau) -> torch.Tensor:
 def q_targets(v, rewards, is_last, gamma) -> torch.Tensor:
     """3 x (n,) -> (n,): r_t + gamma V(s_t+1), without gradient; for an answer's last token r_t alone.
 
-    The next token of an answer is the next of the n.
+    Answers stand one after the other, so roll(-1) gives V(s_t+1); is_last masks where one ends.
     """
     next_v = v.detach().roll(-1).masked_fill(is_last, 0.0)
     return rewards + gamma * next_v
