@@ -69,7 +69,7 @@ def draw(save):
     lines = {}
     for row in rows:
         varied = re.sub(NUMBER, " ", row["setting"], count=1).strip()
-        name = f"{row['script']}.py, by {varied}"
+        name = f"{row['script']}, by {varied}"
         if varied == "defaults":
             name = row["script"]
         lines.setdefault(name, {}).setdefault(row["setting"], []).append(row)
