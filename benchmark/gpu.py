@@ -110,11 +110,11 @@ def generate_by_graph(model, prompts, k, uniforms, temperature):
     return responses
 
 
-def random_model(path, attention="sdpa"):
+def random_model(path):
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(path)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).cuda().eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).cuda().eval()
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=[config.vocab_size])  # no token: none ends
     return model
 
@@ -198,9 +198,9 @@ def rows(flags, emit):
 def defaults(flags, emit):
     """The default runs, by their command lines."""
     scripts = ["rloo.py", "dpo.py", "reward_model.py", "ppo.py", "variants/grpo.py", "variants/rloo_lora.py"]
-    for script in flags.scripts or scripts:
+    for script in scripts:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-c", ON_GPU, script, "--output-dir", f"{folder}/out", *flags.script_flags.split()]
+            command = [sys.executable, "-c", ON_GPU, script, "--output-dir", f"{folder}/out"]
             begin = time.time()
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             row = {"what": "default run", "script": script, "seconds": time.time() - begin}
@@ -219,8 +219,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["decode", "rows", "defaults"])
     parser.add_argument("--model", help="decode, rows: directory with a config.json")
-    parser.add_argument("--scripts", nargs="*", help="defaults: these alone")
-    parser.add_argument("--script-flags", default="", help="defaults: flags for all of them, in one string")
     parser.add_argument("--out", default="gpu.jsonl", help="lines are added to this file")
     flags = parser.parse_args()
 

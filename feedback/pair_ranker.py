@@ -263,7 +263,7 @@ def answer_groups(args, tokenizer, pairs) -> dict[str, AnswerGroup]:
             groups[text] = new_group(tokenizer, pair.prompt, pair.messages)
         group = groups[text]
         both = tokenizer([pair.chosen, pair.rejected], add_special_tokens=False)["input_ids"]
-        if len(group.ids) + sum(map(len, both)) + 16 > args.max_length:  # 16: "Answer A: " and the like
+        if len(group.ids) + sum(map(len, both)) + 16 > args.max_length:  # 16: "Answer A: ", "Answer B: ", EOS
             continue
         chosen = add_answer(tokenizer, group, pair.chosen)
         rejected = add_answer(tokenizer, group, pair.rejected)
@@ -434,7 +434,7 @@ class PairLogits(torch.nn.Module):
         self.model = model
 
     def forward(self, rows: Rows, b_lengths=1) -> torch.Tensor:
-        """(N,) in fp32. b_lengths: (N,), how many tokens after the end of answer a a text ends."""
+        """(N,) in fp32. b_lengths: (N,), tokens from the end of answer a to the end of the text."""
         hidden = self.model.base_model(
             rows.ids,
             attention_mask=attention_mask(rows, self.model.config.get_text_config()),
